@@ -1,0 +1,46 @@
+"""The ways a run can end, as exit codes and as exceptions.
+
+Every error that a user can cause carries the field, the value and the fix, and prints as one line.
+"""
+
+from enum import IntEnum
+
+
+class ExitCode(IntEnum):
+    """Exit codes of the trainer; launchers and job scripts rely on them."""
+
+    FINISHED = 0
+    CONFIG_ERROR = 2
+    FAULT = 70
+    PREEMPTED = 75
+    GATE_STOP = 80
+
+
+class CptMegaError(Exception):
+    """Base of this project's own errors."""
+
+    exit_code = ExitCode.FAULT
+
+
+class InputError(CptMegaError):
+    """Something the user gave is wrong: a configuration value, a file, a combination.
+
+    Args:
+        field: the configuration key, option or file that is wrong.
+        value: what was given.
+        fix: what to change, as a sentence.
+    """
+
+    exit_code = ExitCode.CONFIG_ERROR
+
+    def __init__(self, field: str, value: object, fix: str):
+        self.field, self.value, self.fix = field, value, fix
+        super().__init__(f"{field} = {value!r}: {fix}")
+
+
+class CheckpointError(InputError):
+    """A checkpoint folder is missing, incomplete, damaged, or does not fit the model."""
+
+
+class FaultError(CptMegaError):
+    """The run cannot go on (non-finite loss, a rank that differs): the last checkpoint is intact."""

@@ -1,0 +1,162 @@
+"""What a file, a folder or a piece of code is called: digests, seals and versions.
+
+A sealed folder lists every file with its size and SHA-256 in ``manifest.json`` and ends with an empty ``COMPLETE``,
+written last. A folder without ``COMPLETE`` does not exist for any reader of this project.
+"""
+
+import contextlib
+import hashlib
+import json
+import os
+import subprocess
+import tempfile
+import uuid
+from collections.abc import Iterable, Iterator, Mapping
+from importlib import metadata
+from pathlib import Path
+
+from cpt_mega import __version__
+from cpt_mega.errors import CheckpointError
+
+MANIFEST = "manifest.json"
+COMPLETE = "COMPLETE"
+
+
+def file_digest(path: str | os.PathLike) -> str:
+    """SHA-256 of a file's bytes, as hex. Raises OSError when it cannot be read."""
+    with open(path, "rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+def text_digest(text: str) -> str:
+    """SHA-256 of a string's UTF-8 bytes, as hex."""
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def files_digest(folder: str | os.PathLike, names: Iterable[str]) -> str:
+    """One digest over named files of a folder: names and contents, in sorted order."""
+    total = hashlib.sha256()
+    for name in sorted(names):
+        total.update(f"{name}\0{file_digest(Path(folder) / name)}\0".encode())
+    return total.hexdigest()
+
+
+def write_json(path: str | os.PathLike, value: object) -> None:
+    """Writes JSON so that a reader sees the old file or the new one, never a part of it."""
+    path = Path(path)
+    with tempfile.NamedTemporaryFile("w", dir=path.parent, prefix=f".{path.name}.", delete=False) as stream:
+        json.dump(value, stream, indent=1)
+        stream.write("\n")
+        stream.flush()
+        os.fsync(stream.fileno())
+    os.chmod(stream.name, 0o644)
+    os.replace(stream.name, path)
+
+
+def folder_files(folder: str | os.PathLike) -> list[str]:
+    """Relative names of every file under a folder that a seal covers, sorted."""
+    folder = Path(folder)
+    names = (str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file())
+    return sorted(name for name in names if name not in (MANIFEST, COMPLETE))
+
+
+def measure_files(folder: str | os.PathLike, names: Iterable[str]) -> dict[str, dict]:
+    """``{name: {"bytes", "sha256"}}`` for files of a folder."""
+    folder = Path(folder)
+    return {name: {"bytes": (folder / name).stat().st_size, "sha256": file_digest(folder / name)} for name in names}
+
+
+def seal_folder(folder: str | os.PathLike, measured: Mapping[str, dict] | None = None) -> None:
+    """Writes ``manifest.json`` and then ``COMPLETE``.
+
+    Args:
+        folder: the folder whose files are all in place.
+        measured: sizes and digests when they were taken elsewhere (several ranks share the work).
+    """
+    folder = Path(folder)
+    write_json(folder / MANIFEST, {"files": dict(measured or measure_files(folder, folder_files(folder)))})
+    with open(folder / COMPLETE, "w") as stream:
+        os.fsync(stream.fileno())
+
+
+def is_complete(folder: str | os.PathLike) -> bool:
+    """Whether a folder was sealed."""
+    return (Path(folder) / COMPLETE).is_file() and (Path(folder) / MANIFEST).is_file()
+
+
+def sealed_files(folder: str | os.PathLike) -> dict[str, dict]:
+    """The manifest of a sealed folder. Raises CheckpointError when it is not sealed or cannot be read."""
+    folder = Path(folder)
+    if not is_complete(folder):
+        raise CheckpointError("checkpoint", str(folder), "not a complete checkpoint (no COMPLETE file); name another")
+    try:
+        files = json.loads((folder / MANIFEST).read_text())["files"]
+        return {str(name): {"bytes": int(f["bytes"]), "sha256": str(f["sha256"])} for name, f in files.items()}
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise CheckpointError("checkpoint", str(folder / MANIFEST), f"the manifest cannot be read ({error})") from error
+
+
+def damaged_files(folder: str | os.PathLike, files: Mapping[str, dict]) -> list[str]:
+    """Names among ``files`` that are missing or whose size or digest is not what the seal says."""
+    folder = Path(folder)
+
+    def differs(name: str, expected: dict) -> bool:
+        path = folder / name
+        if not path.is_file() or path.stat().st_size != expected["bytes"]:
+            return True
+        return file_digest(path) != expected["sha256"]
+
+    return [name for name, expected in files.items() if differs(name, expected)]
+
+
+@contextlib.contextmanager
+def building_folder(target: str | os.PathLike) -> Iterator[Path]:
+    """Yields a temporary folder beside ``target``; sealed and renamed to it on success, removed on any error.
+
+    Raises CheckpointError when ``target`` exists and is not an empty folder: nothing is ever overwritten.
+    """
+    import shutil
+
+    target = Path(target)
+    if target.exists() and (not target.is_dir() or any(target.iterdir())):
+        raise CheckpointError("output", str(target), "already exists and is not empty; remove it or name another")
+    target.parent.mkdir(parents=True, exist_ok=True)
+    building = Path(tempfile.mkdtemp(dir=target.parent, prefix=f".building-{target.name}-"))
+    os.chmod(building, 0o755)
+    try:
+        yield building
+        if target.is_dir():
+            target.rmdir()
+        os.rename(building, target)
+    except BaseException:
+        shutil.rmtree(building, ignore_errors=True)
+        raise
+
+
+def new_run_id() -> str:
+    """A name for a run that no other run has."""
+    return uuid.uuid4().hex[:12]
+
+
+def code_version() -> dict:
+    """``{"version", "commit", "dirty"}`` of this code; commit is None outside a git checkout."""
+    here = Path(__file__).resolve().parent.parent
+
+    def git(*words: str) -> str | None:
+        try:
+            done = subprocess.run(["git", "-C", str(here), *words], capture_output=True, text=True, timeout=10)
+        except (OSError, subprocess.TimeoutExpired):
+            return None
+        return done.stdout.strip() if done.returncode == 0 else None
+
+    status = git("status", "--porcelain", "--untracked-files=no")
+    return {"version": __version__, "commit": git("rev-parse", "HEAD"), "dirty": None if status is None else bool(status)}
+
+
+def library_versions(names: Iterable[str] = ("torch", "megatron-core", "transformer-engine", "numpy", "safetensors")) -> dict:
+    """Installed versions by package name; packages that are absent are left out."""
+    found = {}
+    for name in names:
+        with contextlib.suppress(metadata.PackageNotFoundError):
+            found[name] = metadata.version(name)
+    return found
