@@ -65,19 +65,19 @@ class ModelShape:
         if self.rope.type == "default":
             steps = torch.arange(0, self.head_dim, 2, dtype=torch.int64).float() / self.head_dim
             return 1.0 / (self.rope.theta**steps)
-        from transformers import PretrainedConfig
+        from transformers import LlamaConfig
         from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
-        parameters = {"rope_type": self.rope.type, "rope_theta": self.rope.theta, **self.rope.parameters}
-        config = PretrainedConfig(
+        config = LlamaConfig(
             hidden_size=self.hidden_size,
             num_attention_heads=self.heads,
             head_dim=self.head_dim,
             max_position_embeddings=self.max_positions,
-            rope_theta=self.rope.theta,
-            rope_scaling=parameters,
         )
-        config.rope_parameters = parameters  # transformers 5.x; 4.x reads the two fields above
+        # transformers 4.x reads the first two, 5.x the third.
+        config.rope_theta = self.rope.theta
+        config.rope_scaling = {"rope_type": self.rope.type, **self.rope.parameters}
+        config.rope_parameters = {"rope_theta": self.rope.theta, **config.rope_scaling}
         frequencies, attention_factor = ROPE_INIT_FUNCTIONS[self.rope.type](config, device="cpu")
         if attention_factor != 1.0:
             raise InputError("rope_type", self.rope.type, "scales attention, which the engine does not do yet")
