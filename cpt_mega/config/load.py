@@ -1,0 +1,189 @@
+"""YAML files and ``section.key=value`` words become a ``Config``, or one line that says what is wrong.
+
+A file may start from another with ``extends: FILE`` (relative to itself), so that a configuration states only what it
+changes. Paths in values are relative to the current folder and are stored absolute.
+"""
+
+import difflib
+import types
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any, get_args, get_origin
+
+import yaml
+from pydantic import BaseModel, ValidationError
+
+from cpt_mega.config.schema import Config
+from cpt_mega.errors import InputError
+
+# Keys whose values are paths; every other value is left as written.
+_PATHS = ("run.dir", "model.checkpoint", "tokenizer.path")
+_PATH_LISTS = ("data.sources", "eval.sets")
+
+
+def load_config(path: str | Path, overrides: Iterable[str] = ()) -> Config:
+    """Reads a configuration file and applies overrides of the form ``section.key=value`` (values are YAML).
+
+    Raises InputError (field, value, fix) for a missing file, YAML that does not parse, an unknown key, a wrong type or
+    range, or a combination that cannot be.
+    """
+    values = _read(Path(path), ())
+    for word in overrides:
+        _override(values, word)
+    _absolute_paths(values)
+    return _validated(values)
+
+
+def resolved_yaml(config: Config) -> str:
+    """The whole configuration with its defaults, as YAML that ``load_config`` reads back to an equal value."""
+    return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False)
+
+
+def describe_options() -> Iterator[tuple[str, str, Any, str]]:
+    """Every option as (dotted name, type, default or "required", help), for tables and for tests."""
+    yield from _describe(Config, "")
+
+
+def _read(path: Path, seen: tuple[Path, ...]) -> dict:
+    if path.resolve() in seen:
+        raise InputError("extends", str(path), "files extend each other in a circle; drop one 'extends'")
+    try:
+        values = yaml.load(path.read_text(), _YamlLoader) or {}
+    except OSError as error:
+        raise InputError("--config", str(path), f"cannot be read ({error.strerror}); name an existing YAML file") from error
+    except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as error:
+        where = " ".join(str(error).split())[:200]
+        raise InputError("--config", str(path), f"is not valid YAML: {where}") from error
+    if not isinstance(values, dict):
+        raise InputError("--config", str(path), "must be a mapping of sections such as 'train:' and 'data:'")
+    parent = values.pop("extends", None)
+    if parent is None:
+        return values
+    return _merged(_read(path.parent / str(parent), (*seen, path.resolve())), values)
+
+
+class _YamlLoader(yaml.SafeLoader):
+    """YAML with two habits of this field: 2e-5 and 1e9 are numbers, and a key given twice is an error."""
+
+    def construct_mapping(self, node, deep=False):
+        keys = [self.construct_object(key, deep=True) for key, _ in node.value]
+        for key in keys:
+            if keys.count(key) > 1:
+                raise yaml.constructor.ConstructorError(None, None, f"key {key!r} is given twice", node.start_mark)
+        return super().construct_mapping(node, deep)
+
+
+def _number(loader: yaml.SafeLoader, node: yaml.ScalarNode) -> float:
+    return float(node.value.replace("_", ""))
+
+
+# YAML 1.1 reads 2e-5 as a string because it has no dot.
+_YamlLoader.add_implicit_resolver("!exponent", __import__("re").compile(r"^[-+]?[0-9][0-9_]*[eE][-+]?[0-9]+$"), list("-+0123456789"))
+_YamlLoader.add_constructor("!exponent", _number)
+
+
+def _merged(base: dict, change: dict) -> dict:
+    """``change`` over ``base``; mappings merge key by key, everything else is replaced."""
+    result = dict(base)
+    for key, value in change.items():
+        both = isinstance(value, dict) and isinstance(result.get(key), dict)
+        result[key] = _merged(result[key], value) if both else value
+    return result
+
+
+def _override(values: dict, word: str) -> None:
+    name, equals, text = word.partition("=")
+    if not equals or not name:
+        raise InputError("command line", word, "overrides are written section.key=value")
+    try:
+        value = yaml.load(text, _YamlLoader)
+    except yaml.YAMLError as error:
+        raise InputError(name, text, "the value is not valid YAML; quote it") from error
+    place: Any = values
+    *sections, last = name.split(".")
+    for section in sections:
+        place = place.setdefault(section, {}) if isinstance(place, dict) else None
+        if not isinstance(place, dict):
+            raise InputError(name, text, f"'{section}' is not a section; overrides are written section.key=value")
+    place[last] = value
+
+
+def _absolute_paths(values: dict) -> None:
+    for name in _PATHS:
+        section, key = name.split(".")
+        place = values.get(section)
+        if isinstance(place, dict) and isinstance(place.get(key), str):
+            place[key] = str(Path(place[key]).expanduser().absolute())
+    for name in _PATH_LISTS:
+        section, key = name.split(".")
+        entries = values.get(section, {}).get(key) if isinstance(values.get(section), dict) else None
+        for entry in entries if isinstance(entries, list) else ():
+            if isinstance(entry, dict) and isinstance(entry.get("path"), str):
+                entry["path"] = str(Path(entry["path"]).expanduser().absolute())
+
+
+def _validated(values: dict) -> Config:
+    try:
+        return Config.model_validate(_whole_numbers(_tuples(values)))
+    except ValidationError as error:
+        raise _as_input_error(error.errors()[0]) from None
+
+
+def _tuples(value: Any) -> Any:
+    """Lists as tuples: the frozen options hold tuples, and strict validation takes nothing else."""
+    if isinstance(value, dict):
+        return {key: _tuples(item) for key, item in value.items()}
+    return tuple(_tuples(item) for item in value) if isinstance(value, list) else value
+
+
+def _whole_numbers(value: Any) -> Any:
+    """1e9 tokens is a float to YAML; a float without a fraction passes for an integer (and back, in pydantic)."""
+    if isinstance(value, dict):
+        return {key: _whole_numbers(item) for key, item in value.items()}
+    if isinstance(value, tuple):
+        return tuple(_whole_numbers(item) for item in value)
+    return int(value) if isinstance(value, float) and value.is_integer() else value
+
+
+def _as_input_error(problem: dict) -> InputError:
+    """pydantic's first complaint as field, value and fix."""
+    field = ".".join(str(part) for part in problem["loc"])
+    if problem["type"] == "extra_forbidden":
+        return InputError(field, problem["input"], "unknown key" + _suggestion(problem["loc"]))
+    if problem["type"] == "missing":
+        return InputError(field, None, "is required; set it in the configuration file or as an override")
+    if problem["type"] == "value_error" and not field:
+        field, _, sentence = str(problem["ctx"]["error"]).partition(": ")
+        value: Any = problem["input"]
+        for part in field.split("."):
+            value = value.get(part) if isinstance(value, dict) else None
+        return InputError(field, value, sentence)
+    return InputError(field, problem["input"], problem["msg"][0].lower() + problem["msg"][1:])
+
+
+def _suggestion(location: tuple) -> str:
+    model: Any = Config
+    for part in location[:-1]:
+        if isinstance(part, str) and model is not None:
+            model = _section_of(model.model_fields[part].annotation)
+    names = list(model.model_fields)
+    close = difflib.get_close_matches(str(location[-1]), names, n=1)
+    return f"; did you mean {close[0]!r}?" if close else f"; known here: {', '.join(names)}"
+
+
+def _section_of(annotation: Any) -> type[BaseModel] | None:
+    """The option class inside an annotation such as ``tuple[SourceOptions, ...]``."""
+    if isinstance(annotation, type) and not isinstance(annotation, types.GenericAlias):
+        return annotation if issubclass(annotation, BaseModel) else None
+    return next(filter(None, map(_section_of, get_args(annotation))), None) if get_origin(annotation) else None
+
+
+def _describe(model: type[BaseModel], prefix: str) -> Iterator[tuple[str, str, Any, str]]:
+    for name, field in model.model_fields.items():
+        inner = _section_of(field.annotation)
+        if inner is not None:
+            yield from _describe(inner, f"{prefix}{name}{'[]' if get_origin(field.annotation) else ''}.")
+        else:
+            default = "required" if field.is_required() else field.default
+            kind = getattr(field.annotation, "__name__", None) if not get_args(field.annotation) else None
+            yield f"{prefix}{name}", kind or str(field.annotation).replace("typing.", ""), default, field.description or ""

@@ -1,0 +1,48 @@
+"""The learning rate as a pure function of tokens: no state, so a resumed or extended run cannot drift.
+
+Re-warm and re-decay follow Ibrahim et al. 2024 (arXiv 2403.08763); WSD is warm-up, stable, decay (MiniCPM,
+arXiv 2404.06395).
+"""
+
+import math
+from dataclasses import dataclass
+
+from cpt_mega.config.schema import Config
+
+
+@dataclass(frozen=True)
+class LearningRate:
+    """Learning rate after ``tokens`` tokens. Rates are Adam's step size; lengths are in tokens."""
+
+    kind: str
+    peak: float
+    floor: float
+    warmup_tokens: int
+    decay_tokens: int
+    total_tokens: int
+
+    @classmethod
+    def from_config(cls, config: Config) -> "LearningRate":
+        total, schedule = config.train.tokens, config.schedule
+        warmup = schedule.warmup_tokens
+        return cls(
+            kind=schedule.kind,
+            peak=config.optimizer.lr,
+            floor=config.min_lr,
+            warmup_tokens=round(0.01 * total) if warmup is None else warmup,
+            decay_tokens=schedule.decay_tokens or max(1, round(0.1 * total)),
+            total_tokens=total,
+        )
+
+    def at(self, tokens: int) -> float:
+        """Rate for a step that ends at ``tokens`` (>= 0); the first step of a run is not wasted at rate zero."""
+        if tokens < self.warmup_tokens:
+            return self.peak * tokens / self.warmup_tokens
+        if self.kind == "constant":
+            return self.peak
+        start = self.warmup_tokens if self.kind == "cosine" else max(self.warmup_tokens, self.total_tokens - self.decay_tokens)
+        span = self.total_tokens - start
+        done = min(1.0, max(0.0, (tokens - start) / span)) if span > 0 else float(tokens >= self.total_tokens)
+        if self.kind == "cosine":
+            return self.floor + 0.5 * (self.peak - self.floor) * (1.0 + math.cos(math.pi * done))
+        return self.peak + (self.floor - self.peak) * done

@@ -1,0 +1,167 @@
+"""Every option of a run: its name, type, unit, default and one line of help.
+
+Units stand in the names (``_tokens``, ``_steps``, ``_s``); sizes of batches are in packed rows. A field's constraint is
+declared here; what depends on the platform, the model or the files is checked by the room that owns it.
+"""
+
+from typing import Annotated, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+PositiveInt = Annotated[int, Field(ge=1)]
+NonNegativeInt = Annotated[int, Field(ge=0)]
+Share = Annotated[float, Field(ge=0.0, le=1.0)]
+
+
+class Section(BaseModel):
+    """A frozen group of options; unknown keys and wrong types are errors."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
+
+
+class RunOptions(Section):
+    dir: str = Field(description="folder of the run: status, metrics, checkpoints, exports")
+
+
+class ModelOptions(Section):
+    checkpoint: str = Field(description="starting weights: an import, a run folder or an iter_* folder")
+
+
+class TokenizerOptions(Section):
+    path: str | None = Field(None, description="folder or .model file; none: the one stored with model.checkpoint")
+
+
+class RestoreOptions(Section):
+    mode: Literal["weights", "full", "auto"] = Field(
+        "auto",
+        description="weights: new run from model.checkpoint; full: continue exactly; "
+        "auto: continue run.dir when it holds a checkpoint, else weights",
+    )
+    accept: tuple[str, ...] = Field((), description="configuration keys that may differ from the checkpoint's on a full restore")
+
+
+class ParallelOptions(Section):
+    tp: PositiveInt = Field(1, description="tensor-parallel size")
+    pp: PositiveInt = Field(1, description="pipeline-parallel size")
+    vpp: PositiveInt = Field(1, description="model chunks per pipeline rank (interleaved schedule)")
+    sp: bool = Field(False, description="sequence parallelism over the tensor-parallel ranks")
+    cp: PositiveInt = Field(1, description="context-parallel size")
+    ep: PositiveInt = Field(1, description="expert-parallel size")
+
+    @property
+    def model_size(self) -> int:
+        """Processes that hold one replica of the model."""
+        return self.tp * self.pp * self.cp
+
+
+class TrainOptions(Section):
+    tokens: NonNegativeInt = Field(description="budget of the run, in tokens of packed documents; 0 evaluates and stops")
+    seq_length: PositiveInt = Field(2048, description="tokens of a packed row")
+    global_batch_size: PositiveInt = Field(8, description="packed rows per optimizer step")
+    micro_batch_size: PositiveInt = Field(1, description="packed rows per forward pass and data-parallel rank")
+    seed: NonNegativeInt = Field(1234, description="seed of data order, dropout and anything else that is drawn")
+    recompute: Literal["none", "selective", "full"] = Field("none", description="activations recomputed in the backward pass")
+    deterministic: bool = Field(False, description="only kernels that give the same bits on every run")
+    distributed_optimizer: bool = Field(True, description="shard optimizer state over data-parallel ranks")
+    dropout: Share = Field(0.0, description="hidden and attention dropout; zero keeps the base model's own function")
+
+
+class OptimizerOptions(Section):
+    lr: float = Field(2e-5, gt=0, description="peak learning rate")
+    min_lr: float | None = Field(None, ge=0, description="learning rate at the end; none: 10 % of the peak")
+    weight_decay: float = Field(0.1, ge=0, description="decoupled weight decay; none on norms and biases")
+    clip_norm: float = Field(1.0, ge=0, description="global gradient norm above which gradients are scaled; 0: never")
+    beta1: float = Field(0.9, ge=0, lt=1, description="Adam's first decay")
+    beta2: float = Field(0.95, ge=0, lt=1, description="Adam's second decay")
+    eps: float = Field(1e-8, gt=0, description="Adam's epsilon")
+
+
+class ScheduleOptions(Section):
+    kind: Literal["cosine", "constant", "wsd"] = Field("cosine", description="shape after the warm-up")
+    warmup_tokens: NonNegativeInt | None = Field(None, description="re-warm from zero over these; none: 1 % of train.tokens")
+    decay_tokens: PositiveInt | None = Field(None, description="length of wsd's decay; none: 10 % of train.tokens")
+
+
+class SourceOptions(Section):
+    name: str = Field(min_length=1, description="name in logs and ledgers")
+    path: str = Field(description="prefix of the .bin and .idx files")
+    role: Literal["domain", "replay", "instruct"] = Field(description="the part this source plays in the mixture")
+    weight: float | None = Field(None, gt=0, description="share of tokens, relative to the others; none anywhere: replay 20 %")
+
+
+class DataOptions(Section):
+    sources: tuple[SourceOptions, ...] = Field((), description="corpora of the mixture")
+    packing: Literal["best_fit", "concat"] = Field("best_fit", description="how documents fill rows")
+
+
+class CheckpointOptions(Section):
+    interval_tokens: PositiveInt | None = Field(None, description="tokens between checkpoints; none: only at the end")
+    export_hf: Literal["none", "final"] = Field("none", description="write run.dir/export as an HF checkpoint at the end")
+
+
+class EvalSetOptions(Section):
+    path: str = Field(description="prefix of the held-out .bin and .idx files")
+    bucket: Literal["domain", "general", "behaviour", "safety"] = Field(description="the bucket its perplexity counts for")
+
+
+class EvalOptions(Section):
+    interval_tokens: PositiveInt | None = Field(None, description="tokens between evaluations; none: at step 0 and at the end")
+    sets: tuple[EvalSetOptions, ...] = Field((), description="held-out corpora; one per bucket and probe")
+    max_tokens: PositiveInt = Field(262_144, description="tokens of each set that are scored, from its start")
+
+
+class GateOptions(Section):
+    general_perplexity_limit: float | None = Field(
+        0.15, gt=0, description="stop when general perplexity is above its step-0 value by more than this share; null: never"
+    )
+
+
+class LoggingOptions(Section):
+    interval_steps: PositiveInt = Field(10, description="steps between console lines")
+    tensorboard: bool = Field(True, description="write TensorBoard events to run.dir/tensorboard")
+    wandb: Literal["off", "offline", "online"] = Field("off", description="Weights & Biases; offline needs no account")
+    wandb_project: str = Field("cpt_mega", description="W&B project")
+
+
+class Config(Section):
+    """The whole configuration of a run. ``model_dump()`` gives plain values for YAML and checkpoints."""
+
+    run: RunOptions
+    model: ModelOptions
+    tokenizer: TokenizerOptions = TokenizerOptions()
+    restore: RestoreOptions = RestoreOptions()
+    parallel: ParallelOptions = ParallelOptions()
+    precision: Literal["fp32", "bf16"] = Field("bf16", description="arithmetic of the model; bf16 keeps fp32 master weights")
+    train: TrainOptions
+    optimizer: OptimizerOptions = OptimizerOptions()
+    schedule: ScheduleOptions = ScheduleOptions()
+    data: DataOptions = DataOptions()
+    checkpoint: CheckpointOptions = CheckpointOptions()
+    eval: EvalOptions = EvalOptions()
+    gates: GateOptions = GateOptions()
+    logging: LoggingOptions = LoggingOptions()
+
+    @model_validator(mode="after")
+    def _combinations(self) -> "Config":
+        problems = {
+            "train.global_batch_size: must be a multiple of train.micro_batch_size": (
+                self.train.global_batch_size % self.train.micro_batch_size != 0
+            ),
+            "optimizer.min_lr: must not exceed optimizer.lr": (self.optimizer.min_lr or 0) > self.optimizer.lr,
+            "schedule.warmup_tokens: must not exceed train.tokens": (
+                (self.schedule.warmup_tokens or 0) > self.train.tokens > 0
+            ),
+            "data.sources: name at least one corpus to train on": self.train.tokens > 0 and not self.data.sources,
+            "parallel.sp: needs parallel.tp above 1; set parallel.tp or drop parallel.sp": (
+                self.parallel.sp and self.parallel.tp == 1
+            ),
+        }
+        for sentence, wrong in problems.items():
+            if wrong:
+                raise ValueError(sentence)
+        return self
+
+    @property
+    def min_lr(self) -> float:
+        """Learning rate at the end of the schedule."""
+        return 0.1 * self.optimizer.lr if self.optimizer.min_lr is None else self.optimizer.min_lr

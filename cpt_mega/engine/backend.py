@@ -1,0 +1,39 @@
+"""Which layers a model is made of: Transformer Engine's on a GPU, the torch backend's elsewhere.
+
+Both carry the same names in a checkpoint: the local spec's own renaming maps its two norms onto Transformer Engine's
+fused ones, so a file written on one is read on the other.
+"""
+
+import copy
+
+from megatron.core.models.gpt import gpt_layer_specs
+from megatron.core.transformer.spec_utils import ModuleSpec
+from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build
+from megatron.core.transformer.transformer_config import TransformerConfig
+
+from cpt_mega.engine.host import has_gpu
+from cpt_mega.engine.layers import HostAttention, HostNorm
+from cpt_mega.errors import InputError
+
+
+def transformer_spec(config: TransformerConfig) -> ModuleSpec | TransformerBlockSubmodules:
+    """What GPTModel takes as ``transformer_layer_spec``. Raises InputError on a GPU without Transformer Engine."""
+    if has_gpu():
+        return _transformer_engine_spec()
+    layers = [_host_layer_spec()] * get_num_layers_to_build(config)
+    # A bare layer spec would give the final norm core's own class, which refuses sequence parallelism.
+    return TransformerBlockSubmodules(layer_specs=layers, layer_norm=HostNorm)
+
+
+def _transformer_engine_spec() -> ModuleSpec:
+    if not gpt_layer_specs.HAVE_TE:
+        raise InputError("environment", "CUDA without Transformer Engine", "install transformer-engine[pytorch]")
+    return gpt_layer_specs.get_gpt_layer_with_transformer_engine_spec()
+
+
+def _host_layer_spec() -> ModuleSpec:
+    spec = copy.deepcopy(gpt_layer_specs.get_gpt_layer_local_spec(normalization="RMSNorm"))
+    layer = spec.submodules
+    layer.input_layernorm = layer.pre_mlp_layernorm = HostNorm
+    layer.self_attention.submodules.core_attention = HostAttention
+    return spec

@@ -1,0 +1,131 @@
+"""The processes of a run and the groups they form: tensor, pipeline and data parallel, through megatron-core."""
+
+import os
+from dataclasses import dataclass
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+from megatron.core import parallel_state
+from megatron.core.process_groups_config import ProcessGroupCollection
+from megatron.core.tensor_parallel import model_parallel_cuda_manual_seed
+
+from cpt_mega.config.schema import ParallelOptions
+from cpt_mega.engine.host import CPU, has_gpu
+from cpt_mega.errors import InputError
+
+
+@dataclass(frozen=True)
+class Mesh:
+    """Sizes, this process's place, and its groups. Made by ``start_mesh``."""
+
+    tp: int
+    pp: int
+    dp: int
+    rank: int
+    world: int
+    groups: ProcessGroupCollection
+    control: dist.ProcessGroup  # gloo over all ranks: small host-side agreements, never the step's tensors
+
+    @property
+    def dp_rank(self) -> int:
+        return self.groups.dp.rank()
+
+    @property
+    def is_first_stage(self) -> bool:
+        return self.groups.pp.rank() == 0
+
+    @property
+    def is_last_stage(self) -> bool:
+        return self.groups.pp.rank() == self.pp - 1
+
+    @property
+    def is_main(self) -> bool:
+        """The one process that writes logs and folders."""
+        return self.rank == 0
+
+    @property
+    def device(self) -> torch.device:
+        return torch.device("cuda", torch.cuda.current_device()) if has_gpu() else CPU
+
+    @property
+    def name(self) -> str:
+        """The layout as people write it: ``TP 2 x PP 1 x DP 1``."""
+        return f"TP {self.tp} x PP {self.pp} x DP {self.dp}"
+
+    def barrier(self) -> None:
+        dist.barrier(group=self.control)
+
+    def agree_max(self, values: list[int]) -> list[int]:
+        """Element-wise maximum of small integers over all ranks."""
+        tensor = torch.tensor(values, dtype=torch.int64, device="cpu")
+        dist.all_reduce(tensor, op=dist.ReduceOp.MAX, group=self.control)
+        return tensor.tolist()
+
+    def gather(self, value: object) -> list | None:
+        """Every rank's picklable value, in rank order, on rank 0; None elsewhere."""
+        found: list | None = [None] * self.world if self.is_main else None
+        dist.gather_object(value, found, dst=0, group=self.control)
+        return found
+
+    def share(self, value: object) -> object:
+        """Rank 0's picklable value on every rank."""
+        box = [value]
+        dist.broadcast_object_list(box, src=0, group=self.control)
+        return box[0]
+
+
+def world_size() -> int:
+    """Processes that torchrun started; 1 without it."""
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def data_parallel_size(parallel: ParallelOptions, world: int) -> int:
+    """Replicas of the model. Raises InputError when the processes do not divide into whole replicas."""
+    if world % parallel.model_size:
+        raise InputError(
+            "parallel",
+            f"tp {parallel.tp} x pp {parallel.pp} x cp {parallel.cp} on {world} processes",
+            f"start a multiple of {parallel.model_size} processes (torchrun --nproc-per-node), or change parallel.*",
+        )
+    return world // parallel.model_size
+
+
+def start_mesh(parallel: ParallelOptions, seed: int, timeout_s: float = 600.0) -> Mesh:
+    """Starts torch.distributed (from torchrun's environment, or one process) and core's groups, and seeds this process.
+
+    Raises InputError when the layout does not divide the processes.
+    """
+    world = world_size()
+    dp = data_parallel_size(parallel, world)
+    if not dist.is_initialized():
+        _start_distributed(world, timedelta(seconds=timeout_s))
+    parallel_state.initialize_model_parallel(
+        tensor_model_parallel_size=parallel.tp,
+        pipeline_model_parallel_size=parallel.pp,
+        context_parallel_size=parallel.cp,
+        expert_model_parallel_size=parallel.ep,
+        create_gloo_process_groups=False,
+    )
+    torch.manual_seed(seed)
+    model_parallel_cuda_manual_seed(seed)
+    control = dist.new_group(backend="gloo") if has_gpu() else dist.group.WORLD
+    groups = ProcessGroupCollection.use_mpu_process_groups()
+    return Mesh(parallel.tp, parallel.pp, dp, dist.get_rank(), world, groups, control)
+
+
+def stop_mesh() -> None:
+    """Takes the groups down, and torch.distributed with them."""
+    parallel_state.destroy_model_parallel()
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def _start_distributed(world: int, timeout: timedelta) -> None:
+    if has_gpu():
+        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
+    backend = "nccl" if has_gpu() else "gloo"
+    if "MASTER_ADDR" in os.environ:
+        dist.init_process_group(backend, timeout=timeout)
+    else:  # one process without torchrun needs no network
+        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, timeout=timeout)
