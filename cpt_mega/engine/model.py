@@ -1,0 +1,141 @@
+"""A ``ModelShape`` as a megatron-core model on this process's mesh."""
+
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
+from megatron.core.models.gpt import GPTModel
+from megatron.core.transformer.module import Float16Module
+from megatron.core.transformer.transformer_config import TransformerConfig
+from torch import Tensor
+
+from cpt_mega.config.schema import Config
+from cpt_mega.engine.backend import transformer_spec
+from cpt_mega.engine.host import has_gpu
+from cpt_mega.engine.mesh import Mesh
+from cpt_mega.hf.shape import ModelShape
+
+_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+
+# What each value of train.recompute means in core's own fields.
+_RECOMPUTE = {
+    "none": {},
+    "selective": {"recompute_granularity": "selective", "recompute_modules": ["core_attn"]},
+    "full": {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1},
+}
+
+
+def transformer_config(config: Config, shape: ModelShape) -> TransformerConfig:
+    """Core's own configuration for this model, layout and precision."""
+    parallel, gpu, dtype = config.parallel, has_gpu(), _DTYPES[config.precision]
+    return TransformerConfig(
+        num_layers=shape.layers,
+        hidden_size=shape.hidden_size,
+        ffn_hidden_size=shape.ffn_hidden_size,
+        num_attention_heads=shape.heads,
+        num_query_groups=shape.kv_heads,
+        kv_channels=shape.head_dim,
+        normalization="RMSNorm",
+        layernorm_epsilon=shape.norm_eps,
+        gated_linear_unit=True,
+        activation_func=F.silu,
+        add_bias_linear=False,
+        add_qkv_bias=shape.qkv_bias,
+        hidden_dropout=config.train.dropout,
+        attention_dropout=config.train.dropout,
+        tensor_model_parallel_size=parallel.tp,
+        pipeline_model_parallel_size=parallel.pp,
+        sequence_parallel=parallel.sp,
+        bf16=config.precision == "bf16",
+        params_dtype=dtype,
+        pipeline_dtype=dtype,
+        calculate_per_token_loss=True,
+        # Weights are always restored, but core marks what is tensor-parallel while it initialises: without the mark the
+        # gradient norm counts sharded weights on one rank only, and clipping goes wrong in silence.
+        perform_initialization=True,
+        use_cpu_initialization=not gpu,
+        bias_activation_fusion=gpu,
+        apply_rope_fusion=gpu,
+        masked_softmax_fusion=False,
+        gradient_accumulation_fusion=False,
+        deterministic_mode=config.train.deterministic,
+        # gloo still reads a sent tensor when core frees it: wrong losses, silently.
+        deallocate_pipeline_outputs=gpu,
+        **_RECOMPUTE[config.train.recompute],
+    )
+
+
+def build_model(config: Config, shape: ModelShape, mesh: Mesh) -> GPTModel:
+    """This rank's part of the model. Its weights are undefined until a checkpoint is loaded into it."""
+    core = transformer_config(config, shape)
+    model = GPTModel(
+        config=core,
+        transformer_layer_spec=transformer_spec(core),
+        vocab_size=shape.padded_vocab_size,
+        max_sequence_length=shape.max_positions,
+        pre_process=mesh.is_first_stage,
+        post_process=mesh.is_last_stage,
+        share_embeddings_and_output_weights=shape.tied_embeddings,
+        position_embedding_type="rope",
+        rotary_base=shape.rope.theta,
+        pg_collection=mesh.groups,
+    )
+    # The reference's own frequencies: exact for every rope type, where core hard-codes llama3's constants.
+    frequencies = shape.inverse_frequencies()
+    model.rotary_pos_emb.inv_freq = frequencies.to(model.rotary_pos_emb.inv_freq.device)
+    if mesh.is_last_stage:
+        _mask_padded_vocabulary(model, shape, mesh)
+    return model.cuda()
+
+
+def wrap_for_training(model: GPTModel, config: Config, grad_scale: Callable | None = None) -> DistributedDataParallel:
+    """The model under core's data parallelism, gradients accumulated and reduced in fp32."""
+    core = model.config
+    inner = Float16Module(core, model) if core.bf16 else model
+    options = DistributedDataParallelConfig(
+        grad_reduce_in_fp32=True,
+        use_distributed_optimizer=config.train.distributed_optimizer,
+        overlap_grad_reduce=False,
+        check_for_nan_in_grad=False,
+    )
+    core.finalize_model_grads_func = finalize_model_grads
+    return DistributedDataParallel(core, options, inner)
+
+
+def wrap_for_scoring(model: GPTModel) -> torch.nn.Module:
+    """The model as a forward pass alone, in the precision of training."""
+    inner = Float16Module(model.config, model) if model.config.bf16 else model
+    return inner.eval()
+
+
+class _FillPadding(torch.autograd.Function):
+    """Sets the logits of padded vocabulary rows to -inf in place, and their gradients to zero, without a copy."""
+
+    @staticmethod
+    def forward(ctx, logits: Tensor, real: int) -> Tensor:
+        ctx.real = real
+        ctx.mark_dirty(logits)
+        logits[..., real:] = float("-inf")
+        return logits
+
+    @staticmethod
+    def backward(ctx, grad: Tensor):
+        # The loss already gives exact zeros here; a softmax elsewhere (a distillation loss) might give NaN.
+        grad = grad.clone() if grad._is_view() else grad
+        grad[..., ctx.real :] = 0
+        return grad, None
+
+
+def _mask_padded_vocabulary(model: GPTModel, shape: ModelShape, mesh: Mesh) -> None:
+    """Keeps padded rows out of the softmax: unmasked, they raise the loss (0.018 on a small vocabulary)."""
+    share = shape.padded_vocab_size // mesh.tp
+    real = min(max(shape.vocab_size - mesh.groups.tp.rank() * share, 0), share)
+    if real == share:
+        return
+
+    def mask(module, inputs, outputs):
+        logits, bias = outputs
+        return _FillPadding.apply(logits, real), bias
+
+    model.output_layer.register_forward_hook(mask)

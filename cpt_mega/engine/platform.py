@@ -1,0 +1,42 @@
+"""What this platform, this model and this layout cannot do together, said before anything is built."""
+
+from collections.abc import Iterator
+
+from cpt_mega.config.schema import Config
+from cpt_mega.engine.mesh import data_parallel_size
+from cpt_mega.errors import InputError
+from cpt_mega.hf.shape import VOCAB_MULTIPLE, ModelShape
+
+
+def check_layout(config: Config, shape: ModelShape, world: int) -> None:
+    """Raises InputError for the first thing that cannot be; ``world`` is the number of processes."""
+    dp = data_parallel_size(config.parallel, world)
+    for wrong, field, value, fix in (*_parallel_rules(config, shape), *_batch_rules(config, dp)):
+        if wrong:
+            raise InputError(field, value, fix)
+
+
+def _parallel_rules(config: Config, shape: ModelShape) -> Iterator[tuple[bool, str, object, str]]:
+    p, groups = config.parallel, shape.kv_heads
+    yield p.cp > 1, "parallel.cp", p.cp, "context parallelism is not in this version; set it to 1 and use tp, sp and pp"
+    yield p.ep > 1, "parallel.ep", p.ep, f"the {shape.family} family has no experts; set it to 1"
+    yield p.vpp > 1, "parallel.vpp", p.vpp, "interleaved pipelines are not in this version; set it to 1"
+    yield shape.layers % p.pp > 0, "parallel.pp", p.pp, f"must divide the model's {shape.layers} layers"
+    yield shape.heads % p.tp > 0, "parallel.tp", p.tp, f"must divide the model's {shape.heads} attention heads"
+    yield shape.ffn_hidden_size % p.tp > 0, "parallel.tp", p.tp, f"must divide ffn_hidden_size {shape.ffn_hidden_size}"
+    yield VOCAB_MULTIPLE % p.tp > 0, "parallel.tp", p.tp, f"must be a power of two up to {VOCAB_MULTIPLE}"
+    fits = max(groups, p.tp) % min(groups, p.tp) == 0
+    yield not fits, "parallel.tp", p.tp, f"must divide, or be a multiple of, the model's {groups} key/value heads"
+
+
+def _batch_rules(config: Config, dp: int) -> Iterator[tuple[bool, str, object, str]]:
+    train, p = config.train, config.parallel
+    per_pass = train.micro_batch_size * dp
+    yield (
+        train.global_batch_size % per_pass > 0,
+        "train.global_batch_size",
+        train.global_batch_size,
+        f"must be a multiple of micro_batch_size {train.micro_batch_size} x {dp} data-parallel replicas",
+    )
+    odd = p.sp and train.seq_length % p.tp > 0
+    yield odd, "train.seq_length", train.seq_length, f"must be a multiple of parallel.tp {p.tp} under sequence parallelism"

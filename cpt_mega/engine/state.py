@@ -1,0 +1,157 @@
+"""What a checkpoint holds of the engine, written and read through ``megatron.core.dist_checkpointing``.
+
+Loading is strict and by name: core itself loads a 512-row embedding into 640 rows without a word, and by default ignores
+what a file has and the model has not. So names and global shapes are compared here before anything is read.
+"""
+
+from pathlib import Path
+
+import torch
+from megatron.core import dist_checkpointing
+from megatron.core.dist_checkpointing.dict_utils import nested_values
+from megatron.core.dist_checkpointing.mapping import ShardedObject, ShardedTensor, apply_factories
+from megatron.core.dist_checkpointing.strategies.fully_parallel import FullyParallelSaveStrategyWrapper
+from megatron.core.dist_checkpointing.strategies.torch import TorchDistSaveShardedStrategy
+from megatron.core.tensor_parallel import get_cuda_rng_tracker
+from torch.distributed.checkpoint import FileSystemReader
+from torch.distributed.checkpoint.metadata import TensorStorageMetadata
+
+from cpt_mega.engine.mesh import Mesh
+from cpt_mega.engine.step import Engine
+from cpt_mega.errors import CheckpointError
+
+_RNG_KEY = "rng_state"
+_OPTIMIZER_PREFIX = "optimizer."
+
+
+def save_engine(engine: Engine, folder: Path) -> None:
+    """Writes weights, optimizer state and generators into an empty folder; every rank calls it and returns when all is on disk."""
+    if engine.optimizer is not None:
+        _make_moments(engine)
+    state = _sharded_state(engine, is_loading=False)
+    state["rng"] = _sharded_rng(engine.mesh)
+    strategy = FullyParallelSaveStrategyWrapper(
+        TorchDistSaveShardedStrategy("torch_dist", 1, thread_count=1), engine.mesh.groups.dp_cp, True
+    )
+    dist_checkpointing.save(state, str(folder), sharded_strategy=strategy)
+
+
+def load_weights(engine: Engine, folder: Path) -> None:
+    """Loads weights alone, into any layout; a bf16 engine's fp32 master weights follow them.
+
+    Raises CheckpointError naming the tensor that is missing, unexpected or misshapen.
+    """
+    state = {"model": _model_state(engine)}
+    _check_strict(state["model"], folder)
+    loaded = dist_checkpointing.load(state, str(folder))
+    _take_weights(engine, loaded["model"])
+    if engine.optimizer is not None:
+        engine.optimizer.reload_model_params()
+
+
+def load_everything(engine: Engine, folder: Path, same_layout: bool) -> None:
+    """Loads weights, master weights and moments bit for bit at any layout; generators when the layout is the same.
+
+    Raises CheckpointError naming the tensor that is missing, unexpected or misshapen.
+    """
+    _make_moments(engine)
+    state = _sharded_state(engine, is_loading=True)
+    _check_strict(state["model"], folder)
+    if same_layout:
+        state["rng"] = _sharded_rng(engine.mesh)
+    loaded = dist_checkpointing.load(state, str(folder))
+    _take_weights(engine, loaded["model"])
+    with torch.no_grad():  # in fp32 the shards are views of leaves that require gradients
+        engine.optimizer.load_state_dict(loaded["optimizer"])
+    if same_layout:
+        _take_rng(loaded["rng"])
+
+
+def has_optimizer(folder: Path) -> bool:
+    """Whether a checkpoint holds optimizer state."""
+    return any(name.startswith(_OPTIMIZER_PREFIX) for name in _stored_shapes(folder))
+
+
+def _metadata(engine: Engine) -> dict:
+    return {
+        # The only sharding that any layout can read back; without the key core takes one that it cannot save.
+        "distrib_optim_sharding_type": "fully_reshardable",
+        "singleton_local_shards": False,
+        "chained_optim_avoid_prefix": True,
+        "dp_cp_group": engine.mesh.groups.dp_cp,
+    }
+
+
+def _model_state(engine: Engine) -> dict:
+    """Sharded tensors by name, from the bare model: under its wrappers the names would get a ``module.`` prefix."""
+    state = engine.core_model.sharded_state_dict(metadata=_metadata(engine))
+    # Transformer Engine's extra state holds FP8 scales, which no recipe of this version has.
+    return {name: value for name, value in state.items() if not isinstance(value, ShardedObject)}
+
+
+def _sharded_state(engine: Engine, is_loading: bool) -> dict:
+    state = {"model": _model_state(engine)}
+    if engine.optimizer is not None:
+        state["optimizer"] = engine.optimizer.sharded_state_dict(state, is_loading=is_loading, metadata=_metadata(engine))
+    return state
+
+
+def _make_moments(engine: Engine) -> None:
+    """Core's sharded optimizer state reads Adam's moments, which do not exist before the first step."""
+    for part in getattr(engine.optimizer, "chained_optimizers", [engine.optimizer]):
+        if not part.optimizer.state and part.init_state_fn is not None:
+            part.init_state_fn(part.optimizer, part.config)
+
+
+def _take_weights(engine: Engine, weights: dict) -> None:
+    missing, unexpected = engine.core_model.load_state_dict(weights, strict=False)
+    missing = [name for name in missing if not name.endswith("_extra_state")]
+    if missing or unexpected:
+        raise CheckpointError("checkpoint", missing or unexpected, "tensors differ from the model's")
+
+
+def _stored_shapes(folder: Path) -> dict[str, tuple[int, ...]]:
+    """Global shapes of the tensors of a checkpoint, by name."""
+    entries = FileSystemReader(folder).read_metadata().state_dict_metadata
+    return {name: tuple(e.size) for name, e in entries.items() if isinstance(e, TensorStorageMetadata)}
+
+
+def _check_strict(model_state: dict, folder: Path) -> None:
+    """Raises CheckpointError unless names and global shapes are exactly this model's."""
+    expected = _expected_shapes(model_state)
+    stored = _stored_shapes(folder)
+    for name, shape in expected.items():
+        if name not in stored:
+            raise CheckpointError("checkpoint", str(folder), f"has no tensor {name}, which the model needs")
+        if stored[name] != shape:
+            fix = f"tensor {name} has shape {list(stored[name])}, the model's has {list(shape)}"
+            raise CheckpointError("checkpoint", str(folder), fix)
+
+
+def _expected_shapes(model_state: dict) -> dict[str, tuple[int, ...]]:
+    """Global shapes that this rank's part of the model reads. Factories (gate and up as one tensor) are expanded."""
+    expanded = {"model": dict(model_state)}
+    apply_factories(expanded)
+    tensors = (value for value in nested_values(expanded) if isinstance(value, ShardedTensor))
+    return {tensor.key: tuple(tensor.global_shape) for tensor in tensors}
+
+
+def unexpected_tensors(engine: Engine, folder: Path) -> list[str]:
+    """Weights in a checkpoint that no rank of this engine reads. A collective: every rank calls it."""
+    found = engine.mesh.gather(sorted(_expected_shapes(_model_state(engine))))
+    names = engine.mesh.share(sorted({name for part in found for name in part}) if found else None)
+    stored = (name for name in _stored_shapes(folder) if not name.startswith((_OPTIMIZER_PREFIX, _RNG_KEY)))
+    return sorted(set(stored) - set(names))
+
+
+def _sharded_rng(mesh: Mesh) -> ShardedObject:
+    """This rank's generators, one object for each (pipeline, tensor, data) rank."""
+    state = {"torch": torch.get_rng_state(), "tracker": get_cuda_rng_tracker().get_states()}
+    groups = mesh.groups
+    place = (groups.pp.rank(), groups.tp.rank(), groups.dp_cp.rank())
+    return ShardedObject(_RNG_KEY, state, (mesh.pp, mesh.tp, groups.dp_cp.size()), place, replica_id=0)
+
+
+def _take_rng(state: dict) -> None:
+    torch.set_rng_state(state["torch"])
+    get_cuda_rng_tracker().set_states(state["tracker"])
