@@ -1,0 +1,1 @@
+"""Evaluations inside the run and the rules that act on them."""
