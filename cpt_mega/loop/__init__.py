@@ -1,0 +1,1 @@
+"""The short training loop and what hangs on it: evaluation and gates, checkpoints, logging, signals."""

@@ -1,0 +1,211 @@
+"""What hangs on the loop, in the order it runs at a boundary: logging, evaluation with its gate, checkpoints, control.
+
+Times of looks and saves are pure functions of tokens, so a resumed run has them where the uninterrupted one has.
+"""
+
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+from cpt_mega.checkpoint.store import save_checkpoint
+from cpt_mega.gates.perplexity import HeldOut, Reading, by_bucket, measure
+from cpt_mega.gates.rules import Verdict, general_perplexity
+from cpt_mega.loop.console import step_line
+from cpt_mega.loop.reporters import Reporter
+from cpt_mega.loop.run_folder import SAVE, STOP, RunFolder
+from cpt_mega.loop.signals import StopRequest
+from cpt_mega.loop.trainer import StepReport, Trainer
+
+
+class NullCallback:
+    """Does nothing; callbacks override what they need."""
+
+    def on_start(self, trainer: Trainer) -> None:
+        pass
+
+    def on_step(self, trainer: Trainer, report: StepReport) -> None:
+        pass
+
+    def on_end(self, trainer: Trainer) -> None:
+        pass
+
+
+def crossed(before: int, after: int, interval: int | None) -> bool:
+    """Whether a multiple of ``interval`` lies in (before, after]; never without an interval."""
+    return interval is not None and before // interval < after // interval
+
+
+class Logging(NullCallback):
+    """A line of metrics a step; a console line, TensorBoard and W&B every log interval. Main process only writes."""
+
+    def __init__(self, folder: RunFolder, reporters: Sequence[Reporter], console):
+        self.folder, self.reporters, self.console = folder, reporters, console
+        self._since: list[StepReport] = []
+
+    def on_step(self, trainer: Trainer, report: StepReport) -> None:
+        self._since.append(report)
+        if not self.folder.writes:
+            return
+        self.folder.metric(self._metric(trainer, report))
+        if report.step % trainer.config.logging.interval_steps == 0 or trainer.budget_reached:
+            self._say(trainer, report)
+
+    def on_end(self, trainer: Trainer) -> None:
+        for reporter in self.reporters:
+            reporter.close()
+
+    def _metric(self, trainer: Trainer, report: StepReport) -> dict:
+        return {
+            "kind": "train",
+            "step": report.step,
+            "tokens": trainer.state.tokens,
+            "loss": report.loss,
+            "grad_norm": report.result.grad_norm,
+            "lr": report.result.lr,
+            "tokens_per_s_device": report.tokens / report.seconds / trainer.engine.mesh.world,
+            "data_wait_s": report.data_wait_s,
+            "loss_by_source": report.loss_by_source,
+            "tokens_by_source": report.tokens_by_source,
+        }
+
+    def _say(self, trainer: Trainer, report: StepReport) -> None:
+        window, self._since = self._since, []
+        seconds, tokens = sum(r.seconds for r in window), sum(r.tokens for r in window)
+        rate = tokens / seconds / trainer.engine.mesh.world
+        left = trainer.steps_left()
+        batch = trainer.config.train.global_batch_size
+        self.console.print(
+            step_line(
+                step=report.step,
+                last_step=report.step + left,
+                samples=report.step * batch,
+                step_ms=1000 * seconds / len(window),
+                lr=report.result.lr,
+                batch=batch,
+                loss=report.loss,
+                grad_norm=report.result.grad_norm,
+                tokens=trainer.state.tokens,
+                tokens_per_s_device=rate,
+                wait_share=sum(r.data_wait_s for r in window) / seconds,
+                left_s=left * seconds / len(window),
+            )
+        )
+        values = {
+            "lm loss": report.loss,
+            "learning-rate": report.result.lr,
+            "grad-norm": report.result.grad_norm,
+            "batch-size": batch,
+            "throughput/device/tokens_per_sec": rate,
+            "consumed-tokens": trainer.state.tokens,
+            **{f"lm loss/{name}": loss for name, loss in report.loss_by_source.items()},
+        }
+        for reporter in self.reporters:
+            reporter.scalars(report.step, values)
+
+
+class Evaluation(NullCallback):
+    """Held-out perplexity at step 0, at intervals and at the end, and the rule on the general bucket."""
+
+    def __init__(self, sets: Sequence[HeldOut], folder: RunFolder, reporters: Sequence[Reporter], console):
+        self.sets, self.folder, self.reporters, self.console = sets, folder, reporters, console
+        self._last_look: int | None = None
+
+    def on_start(self, trainer: Trainer) -> None:
+        if self.sets and trainer.state.step == 0:
+            trainer.state.baseline = by_bucket(self._look(trainer))
+
+    def on_step(self, trainer: Trainer, report: StepReport) -> None:
+        now = trainer.state.tokens
+        if crossed(now - report.tokens, now, trainer.config.eval.interval_tokens):
+            self._judge(trainer)
+
+    def on_end(self, trainer: Trainer) -> None:
+        if trainer.outcome[0] == "finished" and self._last_look != trainer.state.step:
+            trainer.outcome = None  # the last look may still turn it into a gate stop
+            self._judge(trainer)
+            trainer.stop("finished", f"reached {trainer.state.tokens:,} of {trainer.config.train.tokens:,} tokens")
+
+    def _judge(self, trainer: Trainer) -> None:
+        if not self.sets:
+            return
+        verdict = self._verdict(trainer, by_bucket(self._look(trainer)))
+        if verdict is None:
+            return
+        place = {"step": trainer.state.step, "tokens": trainer.state.tokens}
+        self.folder.decide({"kind": "verdict", **place, **verdict.to_json()})
+        if verdict.action == "stop":
+            trainer.stop("gate_stop", verdict.reason)
+
+    def _verdict(self, trainer: Trainer, now: dict[str, float]) -> Verdict | None:
+        limit = trainer.config.gates.general_perplexity_limit
+        return None if limit is None else general_perplexity(trainer.state.baseline, now, limit)
+
+    def _look(self, trainer: Trainer) -> list[Reading]:
+        begin = time.perf_counter()
+        readings = measure(trainer.engine, self.sets)
+        self._last_look = trainer.state.step
+        place = {"step": trainer.state.step, "tokens": trainer.state.tokens}
+        for reading in readings:
+            self.folder.metric({"kind": "eval", **place, **reading.to_json()})
+        if self.folder.writes:
+            self._say(trainer, by_bucket(readings), time.perf_counter() - begin)
+        return readings
+
+    def _say(self, trainer: Trainer, values: dict[str, float], seconds: float) -> None:
+        def entry(bucket: str, value: float) -> str:
+            base = trainer.state.baseline.get(bucket)
+            return f"{bucket} perplexity: {value:.3f}" + (f" ({value / base - 1:+.1%})" if base else "")
+
+        words = " | ".join(entry(*item) for item in values.items())
+        self.console.print(f" validation at iteration {trainer.state.step:8d} | {words} | {seconds:.1f} s |", style="bold")
+        for reporter in self.reporters:
+            reporter.scalars(trainer.state.step, {f"validation perplexity/{name}": v for name, v in values.items()})
+
+
+class Checkpoints(NullCallback):
+    """A checkpoint at each interval, on demand (``SAVE``), and at the end of whatever kind."""
+
+    def __init__(self, run_dir: Path, model_files: Path, folder: RunFolder, console):
+        self.run_dir, self.model_files, self.folder, self.console = run_dir, model_files, folder, console
+        self._saved: int | None = None
+
+    def on_start(self, trainer: Trainer) -> None:
+        self._saved = trainer.state.step if trainer.state.step else None
+
+    def on_step(self, trainer: Trainer, report: StepReport) -> None:
+        now = trainer.state.tokens
+        due = crossed(now - report.tokens, now, trainer.config.checkpoint.interval_tokens)
+        (asked,) = trainer.engine.mesh.agree_max([int(self.folder.asked(SAVE))])
+        if due or asked:
+            self._save(trainer)
+        if asked:
+            self.folder.answered(SAVE)
+
+    def on_end(self, trainer: Trainer) -> None:
+        if trainer.state.step:
+            self._save(trainer)
+
+    def _save(self, trainer: Trainer) -> None:
+        if self._saved == trainer.state.step:
+            return
+        begin = time.perf_counter()
+        path = save_checkpoint(self.run_dir, trainer.engine, trainer.state, self.model_files)
+        self._saved = trainer.state.step
+        if self.folder.writes:
+            self.console.print(f" saved {path} in {time.perf_counter() - begin:.1f} s", style="dim")
+
+
+class Control(NullCallback):
+    """Signals and ``STOP``: all ranks agree at the boundary and end together as preempted."""
+
+    def __init__(self, request: StopRequest, folder: RunFolder):
+        self.request, self.folder = request, folder
+
+    def on_step(self, trainer: Trainer, report: StepReport) -> None:
+        mine = [int(self.request.name is not None), int(self.folder.asked(STOP))]
+        signalled, asked = trainer.engine.mesh.agree_max(mine)
+        if asked:
+            trainer.stop("preempted", "STOP was touched in the run folder")
+            self.folder.answered(STOP)
+        elif signalled:
+            trainer.stop("preempted", f"received {self.request.name or 'a signal on another rank'}")

@@ -1,0 +1,69 @@
+"""What a user watches: Megatron's line at every log interval, and tables at the start and at looks."""
+
+import sys
+from collections.abc import Sequence
+
+from rich.console import Console
+from rich.table import Table
+
+_COLOURS = {"restored": "green", "fresh": "cyan", "accepted": "yellow", "harmless": "dim"}
+
+
+def make_console() -> Console:
+    """A console that is wide enough for tables in a log file and does not wrap Megatron's line."""
+    return Console(file=sys.stdout, width=None if sys.stdout.isatty() else 160, soft_wrap=True, highlight=False)
+
+
+def duration(seconds: float) -> str:
+    """``1:02:03``, days as hours."""
+    minutes, rest = divmod(max(0, round(seconds)), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02d}:{rest:02d}"
+
+
+def step_line(
+    *,
+    step: int,
+    last_step: int,
+    samples: int,
+    step_ms: float,
+    lr: float,
+    batch: int,
+    loss: float,
+    grad_norm: float,
+    tokens: int,
+    tokens_per_s_device: float,
+    wait_share: float,
+    left_s: float,
+) -> str:
+    """Megatron's console line, with what a CPT run adds at its end. Consumed samples are packed rows."""
+    return (
+        f" iteration {step:8d}/{last_step:8d} | consumed samples: {samples:12d} |"
+        f" elapsed time per iteration (ms): {step_ms:.1f} | learning rate: {lr:.6E} | global batch size: {batch:5d} |"
+        f" lm loss: {loss:.6E} | grad norm: {grad_norm:.3f} | number of skipped iterations:   0 |"
+        f" number of nan iterations:   0 | consumed tokens: {tokens:,} | tokens/s/device: {tokens_per_s_device:,.0f} |"
+        f" data wait: {wait_share:.1%} | time left: {duration(left_s)} |"
+    )
+
+
+def contract_table(title: str, rows: Sequence[tuple[str, str, str]]) -> Table:
+    """The restore contract."""
+    table = Table(title=title, title_justify="left", box=None, pad_edge=False, header_style="bold")
+    for name in ("item", "", "note"):
+        table.add_column(name)
+    for item, what, note in rows:
+        colour = _COLOURS.get(what, "")
+        table.add_row(item, f"[{colour}]{what}[/]" if colour else what, note)
+    return table
+
+
+def sources_table(rows: Sequence[tuple[str, str, float, int, int, float, int]]) -> Table:
+    """The mixture: name, role, share of tokens, documents, rows, fill, split documents."""
+    table = Table(title="data", title_justify="left", box=None, pad_edge=False, header_style="bold")
+    table.add_column("source")
+    table.add_column("role")
+    for name in ("share", "documents", "rows", "fill", "split"):
+        table.add_column(name, justify="right")
+    for name, role, share, documents, rows, fill, split in rows:
+        table.add_row(name, role, f"{share:.1%}", f"{documents:,}", f"{rows:,}", f"{fill:.2%}", f"{split:,}")
+    return table

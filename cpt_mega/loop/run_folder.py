@@ -1,0 +1,118 @@
+"""The run folder: status, metrics, ledger, and the files a user touches to steer a run.
+
+Only the main process writes. ``metrics.jsonl`` holds one line a step and one a reading; ``ledger.jsonl`` one a decision.
+"""
+
+import contextlib
+import json
+import os
+import time
+from pathlib import Path
+
+from cpt_mega.config import Config, resolved_yaml
+from cpt_mega.errors import ExitCode, InputError
+from cpt_mega.lineage import write_json
+
+STATUS = "status.json"
+METRICS = "metrics.jsonl"
+LEDGER = "ledger.jsonl"
+STOP, SAVE = "STOP", "SAVE"
+
+STATE_CODES = {
+    "finished": ExitCode.FINISHED,
+    "preempted": ExitCode.PREEMPTED,
+    "gate_stop": ExitCode.GATE_STOP,
+    "fault": ExitCode.FAULT,
+    "config_error": ExitCode.CONFIG_ERROR,
+}
+
+
+class RunFolder:
+    """Files of one run. ``writes`` is false on every process but the main one, where all calls do nothing."""
+
+    def __init__(self, path: str | Path, writes: bool):
+        self.path, self.writes = Path(path), writes
+        self._metrics = None
+
+    def open(self, config: Config, ranks: list[dict] | None, step: int) -> None:
+        """Makes the folder, writes config.yaml and ranks.json, and drops metrics of steps after ``step``, which will be redone.
+
+        Raises InputError when the folder cannot be written.
+        """
+        if not self.writes:
+            return
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+            (self.path / "config.yaml").write_text(resolved_yaml(config))
+            write_json(self.path / "ranks.json", ranks)
+            drop_lines_after(self.path / METRICS, step)
+            self._metrics = open(self.path / METRICS, "a", buffering=1)  # noqa: SIM115 (lives as long as the run)
+        except OSError as error:
+            raise InputError("run.dir", str(self.path), f"cannot be written ({error.strerror}); name another") from error
+
+    def status(self, state: str, reason: str, step: int, tokens: int, run_id: str, next_command: str) -> None:
+        """Writes ``status.json``; ``exit_code`` is null while the run is running."""
+        if not self.writes:
+            return
+        code = STATE_CODES.get(state)
+        write_json(
+            self.path / STATUS,
+            {
+                "state": state,
+                "exit_code": None if code is None else int(code),
+                "reason": reason,
+                "step": step,
+                "tokens": tokens,
+                "run_id": run_id,
+                "next_command": next_command,
+            },
+        )
+
+    def metric(self, line: dict) -> None:
+        """Appends a line to ``metrics.jsonl``."""
+        if self._metrics is not None:
+            self._metrics.write(json.dumps(line) + "\n")
+
+    def decide(self, line: dict) -> None:
+        """Appends a decision to ``ledger.jsonl``, on disk before the run acts on it."""
+        if not self.writes:
+            return
+        with open(self.path / LEDGER, "a") as stream:
+            stream.write(json.dumps({"time_s": round(time.time(), 3), **line}) + "\n")
+            stream.flush()
+            os.fsync(stream.fileno())
+
+    def asked(self, name: str) -> bool:
+        """Whether a user touched a file such as STOP."""
+        return self.writes and (self.path / name).exists()
+
+    def answered(self, name: str) -> None:
+        """Removes such a file once it was obeyed."""
+        if self.writes:
+            (self.path / name).unlink(missing_ok=True)
+
+    def close(self) -> None:
+        if self._metrics is not None:
+            self._metrics.close()
+
+
+def read_status(run_dir: str | Path) -> dict | None:
+    """``status.json`` of a run folder, or None where there is none that can be read."""
+    with contextlib.suppress(OSError, ValueError):
+        status = json.loads((Path(run_dir) / STATUS).read_text())
+        return status if isinstance(status, dict) else None
+    return None
+
+
+def drop_lines_after(path: Path, step: int) -> None:
+    """Keeps the lines of steps up to ``step``; a line cut by a crash goes too."""
+    if not path.is_file():
+        return
+    kept = []
+    for line in path.read_text().splitlines():
+        with contextlib.suppress(ValueError, KeyError, TypeError):
+            if json.loads(line)["step"] <= step:
+                kept.append(line + "\n")
+    building = path.with_suffix(".building")
+    building.write_text("".join(kept))
+    os.replace(building, path)
