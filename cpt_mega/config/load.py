@@ -5,6 +5,7 @@ changes. Paths in values are relative to the current folder and are stored absol
 """
 
 import difflib
+import re
 import types
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -27,7 +28,11 @@ def load_config(path: str | Path, overrides: Iterable[str] = ()) -> Config:
     Raises InputError (field, value, fix) for a missing file, YAML that does not parse, an unknown key, a wrong type or
     range, or a combination that cannot be.
     """
-    values = _read(Path(path), ())
+    return build_config(_read(Path(path), ()), overrides)
+
+
+def build_config(values: dict, overrides: Iterable[str] = ()) -> Config:
+    """Like ``load_config``, from plain values instead of a file."""
     for word in overrides:
         _override(values, word)
     _absolute_paths(values)
@@ -78,7 +83,8 @@ def _number(loader: yaml.SafeLoader, node: yaml.ScalarNode) -> float:
 
 
 # YAML 1.1 reads 2e-5 as a string because it has no dot.
-_YamlLoader.add_implicit_resolver("!exponent", __import__("re").compile(r"^[-+]?[0-9][0-9_]*[eE][-+]?[0-9]+$"), list("-+0123456789"))
+_EXPONENT = re.compile(r"^[-+]?[0-9][0-9_]*[eE][-+]?[0-9]+$")
+_YamlLoader.add_implicit_resolver("!exponent", _EXPONENT, list("-+0123456789"))
 _YamlLoader.add_constructor("!exponent", _number)
 
 

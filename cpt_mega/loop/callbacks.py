@@ -108,7 +108,6 @@ class Evaluation(NullCallback):
 
     def __init__(self, sets: Sequence[HeldOut], folder: RunFolder, reporters: Sequence[Reporter], console):
         self.sets, self.folder, self.reporters, self.console = sets, folder, reporters, console
-        self._last_look: int | None = None
 
     def on_start(self, trainer: Trainer) -> None:
         if self.sets and trainer.state.step == 0:
@@ -116,14 +115,8 @@ class Evaluation(NullCallback):
 
     def on_step(self, trainer: Trainer, report: StepReport) -> None:
         now = trainer.state.tokens
-        if crossed(now - report.tokens, now, trainer.config.eval.interval_tokens):
+        if crossed(now - report.tokens, now, trainer.config.eval.interval_tokens) or trainer.budget_reached:
             self._judge(trainer)
-
-    def on_end(self, trainer: Trainer) -> None:
-        if trainer.outcome[0] == "finished" and self._last_look != trainer.state.step:
-            trainer.outcome = None  # the last look may still turn it into a gate stop
-            self._judge(trainer)
-            trainer.stop("finished", f"reached {trainer.state.tokens:,} of {trainer.config.train.tokens:,} tokens")
 
     def _judge(self, trainer: Trainer) -> None:
         if not self.sets:
@@ -143,7 +136,6 @@ class Evaluation(NullCallback):
     def _look(self, trainer: Trainer) -> list[Reading]:
         begin = time.perf_counter()
         readings = measure(trainer.engine, self.sets)
-        self._last_look = trainer.state.step
         place = {"step": trainer.state.step, "tokens": trainer.state.tokens}
         for reading in readings:
             self.folder.metric({"kind": "eval", **place, **reading.to_json()})

@@ -1,0 +1,195 @@
+"""Text to token ids and back, by the tokenizer that comes with a model.
+
+Two kinds of tokenizers, behind one small interface (``TextEncoder``), so that a faster encoder can take a place
+beside them. Special tokens are never added by the encoders: BOS and EOS are this module's business, and follow the
+tokenizer's own habit. A special token that occurs literally in a text is encoded as the encoder at hand does it:
+``tokenizers`` makes the special id of it (as transformers does), SentencePiece spells it out.
+"""
+
+import json
+import os
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+
+import sentencepiece
+import tokenizers
+
+from cpt_mega.errors import InputError
+from cpt_mega.lineage import file_digest
+
+HF_FILE = "tokenizer.json"
+SENTENCEPIECE_FILE = "tokenizer.model"
+TOKENIZER_CONFIGS = ("tokenizer_config.json", "special_tokens_map.json")
+MODEL_CONFIGS = ("config.json", "generation_config.json")
+PROBE_TEXT = "a"
+
+
+class TextEncoder(Protocol):
+    """What an encoder must do; ids are those of the model's own tokenizer, whatever the route."""
+
+    def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
+        """Token ids of each text, without special tokens around it."""
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """The text of token ids, special tokens included."""
+
+
+class HFEncoder:
+    """A Hugging Face fast tokenizer, run by the ``tokenizers`` library."""
+
+    def __init__(self, tokenizer: tokenizers.Tokenizer):
+        # Either would cut or fill documents without a word.
+        tokenizer.no_truncation()
+        tokenizer.no_padding()
+        self.tokenizer = tokenizer
+
+    def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
+        """See TextEncoder."""
+        return [done.ids for done in self.tokenizer.encode_batch_fast(list(texts), add_special_tokens=False)]
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """See TextEncoder."""
+        return self.tokenizer.decode(list(ids), skip_special_tokens=False)
+
+
+class SentencePieceEncoder:
+    """A SentencePiece ``.model``, BPE or Unigram."""
+
+    def __init__(self, processor: sentencepiece.SentencePieceProcessor):
+        self.processor = processor
+
+    def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
+        """See TextEncoder."""
+        return self.processor.encode(list(texts), num_threads=1) if texts else []
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """See TextEncoder."""
+        return self.processor.decode([int(token) for token in ids])
+
+
+@dataclass(frozen=True)
+class TextTokenizer:
+    """A tokenizer and its habits.
+
+    Attributes:
+        encoder: turns text into ids.
+        digest: SHA-256 of ``tokenizer.json`` or of the ``.model``.
+        vocab_size: highest id plus one.
+        eos_id: ends a document.
+        bos_id: begins one; None when the tokenizer has no such token.
+        adds_bos: whether the tokenizer itself puts BOS before a text.
+    """
+
+    encoder: TextEncoder
+    digest: str
+    vocab_size: int
+    eos_id: int
+    bos_id: int | None
+    adds_bos: bool
+
+    @classmethod
+    def load(cls, path: str | os.PathLike) -> "TextTokenizer":
+        """Loads a folder with ``tokenizer.json`` or ``tokenizer.model``, or either file itself.
+
+        Raises InputError when there is no tokenizer, it cannot be read, or it has no EOS.
+        """
+        path = Path(path)
+        candidates = [path / HF_FILE, path / SENTENCEPIECE_FILE] if path.is_dir() else [path]
+        found = next((candidate for candidate in candidates if candidate.is_file()), None)
+        if found is None:
+            fix = f"give a folder with {HF_FILE} or {SENTENCEPIECE_FILE}, or a SentencePiece .model"
+            raise InputError("tokenizer", str(path), fix)
+        return _load_hf(cls, found) if found.suffix == ".json" else _load_sentencepiece(cls, found)
+
+    def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
+        """Token ids of each text, without special tokens."""
+        return self.encoder.encode_batch(texts)
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """The text of token ids, special tokens included."""
+        return self.encoder.decode(ids)
+
+    def document_ids(self, ids: list[int], bos: bool | None = None) -> list[int]:
+        """A document as it is stored: BOS if asked (by default: if the tokenizer adds one), the text, one EOS.
+
+        BOS or EOS that the text already carries at that place is not doubled. Empty when nothing but they is left.
+        """
+        end = len(ids)
+        while end and ids[end - 1] == self.eos_id:
+            end -= 1
+        start = 1 if end and ids[0] == self.bos_id else 0
+        if start == end:
+            return []
+        leading = [self.bos_id] if (self.adds_bos if bos is None else bos) else ids[:start]
+        return [*leading, *ids[start:end], self.eos_id]
+
+
+def _load_hf(cls: type[TextTokenizer], path: Path) -> TextTokenizer:
+    try:
+        tokenizer = tokenizers.Tokenizer.from_file(str(path))
+    except Exception as error:  # the library raises bare Exception
+        raise InputError("tokenizer", str(path), f"cannot be read ({error}); save it again with transformers") from error
+    encoder = HFEncoder(tokenizer)
+    bos_id, eos_id = (_special_id(path.parent, name, tokenizer.token_to_id) for name in ("bos", "eos"))
+    with_specials = tokenizer.encode(PROBE_TEXT, add_special_tokens=True).ids
+    return cls(
+        encoder=encoder,
+        digest=file_digest(path),
+        vocab_size=max(tokenizer.get_vocab(with_added_tokens=True).values(), default=-1) + 1,
+        eos_id=_required_eos(path, eos_id),
+        bos_id=bos_id,
+        adds_bos=bos_id is not None and with_specials[:1] == [bos_id],
+    )
+
+
+def _load_sentencepiece(cls: type[TextTokenizer], path: Path) -> TextTokenizer:
+    try:
+        processor = sentencepiece.SentencePieceProcessor(model_file=str(path))
+    except (OSError, RuntimeError) as error:
+        raise InputError("tokenizer", str(path), f"not a SentencePiece model ({error}); give another file") from error
+    bos_id, eos_id = (token if token >= 0 else None for token in (processor.bos_id(), processor.eos_id()))
+    return cls(
+        encoder=SentencePieceEncoder(processor),
+        digest=file_digest(path),
+        vocab_size=processor.get_piece_size(),
+        eos_id=_required_eos(path, eos_id),
+        bos_id=bos_id,
+        adds_bos=bos_id is not None and bool(_read_config(path.parent / TOKENIZER_CONFIGS[0]).get("add_bos_token")),
+    )
+
+
+def _required_eos(path: Path, eos_id: int | None) -> int:
+    if eos_id is None:
+        fix = 'has no end-of-sequence token, and documents must end in one; name it as "eos_token" in '
+        raise InputError("tokenizer", str(path), fix + f"{TOKENIZER_CONFIGS[0]} beside it")
+    return eos_id
+
+
+def _special_id(folder: Path, name: str, token_to_id: Callable[[str], int | None]) -> int | None:
+    """The id of ``bos`` or ``eos``: the tokenizer's own files name a token, the model's name an id."""
+    for config in TOKENIZER_CONFIGS:
+        token = _read_config(folder / config).get(f"{name}_token")
+        token = token.get("content") if isinstance(token, dict) else token
+        if isinstance(token, str):
+            found = token_to_id(token)
+            if found is None:
+                raise InputError(f"{folder / config} {name}_token", token, f"is not in the vocabulary of {HF_FILE}")
+            return found
+    for config in MODEL_CONFIGS:
+        found = _read_config(folder / config).get(f"{name}_token_id")
+        found = found[0] if isinstance(found, list) and found else found
+        if isinstance(found, int):
+            return found
+    return None
+
+
+def _read_config(path: Path) -> dict:
+    if not path.is_file():
+        return {}
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise InputError("tokenizer", str(path), f"is not JSON ({error}); copy it again") from error
+    return values if isinstance(values, dict) else {}

@@ -1,0 +1,48 @@
+"""What the two conversion tools share: a progress bar over bytes, a table, exit codes."""
+
+import contextlib
+import sys
+from collections.abc import Callable, Iterator, Mapping
+
+from rich.console import Console
+from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
+from rich.table import Table
+
+from cpt_mega.errors import CptMegaError
+
+INTERRUPTED = 130  # 128 + SIGINT, as shells have it
+
+
+@contextlib.contextmanager
+def bytes_progress(title: str) -> Iterator[Callable[[int, int], None]]:
+    """Yields ``progress(bytes_done, bytes_in_all)``; drawn on standard error, and only on a terminal."""
+    console = Console(stderr=True)
+    columns = (TextColumn(title), BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
+        task = bar.add_task(title, total=None)
+        yield lambda done, total: bar.update(task, completed=done, total=total)
+
+
+def print_table(title: str, rows: Mapping[str, object], next_command: str) -> None:
+    """A two-column table, and the next command to type."""
+    table = Table(title=title, show_header=False, title_justify="left")
+    for name, value in rows.items():
+        table.add_row(name, str(value))
+    Console().print(table)
+    print(f"next: {next_command}")
+
+
+def run_tool(main: Callable[[], None]) -> int:
+    """Runs a tool's body: 0, or an error's own exit code after one line on standard error, or 130 after Ctrl-C."""
+    try:
+        main()
+        return 0
+    except CptMegaError as error:
+        print(f"error: {' '.join(str(error).splitlines())}", file=sys.stderr)
+        return int(error.exit_code)
+    except OSError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("interrupted: nothing was written", file=sys.stderr)
+        return INTERRUPTED

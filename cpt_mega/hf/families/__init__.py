@@ -1,0 +1,57 @@
+"""Model families: for each, how its ``config.json`` reads and where its tensors go. See the README beside ``hf``."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from cpt_mega.errors import InputError
+from cpt_mega.hf.config_reader import ConfigReader
+from cpt_mega.hf.families import llama, qwen2
+from cpt_mega.hf.shape import ModelShape
+from cpt_mega.hf.tensor_map import Rule, TensorMap
+
+
+@dataclass(frozen=True)
+class Family:
+    """One ``model_type`` of Hugging Face.
+
+    Args:
+        read_shape: takes every field it understands out of the config; what it leaves is refused.
+        tensor_rules: the table of tensors of a model of this shape.
+        derived: names of tensors that old files hold and that the config alone determines, with ``{layer}``.
+        tied: the output layer and the embedding, which a tied model stores once.
+    """
+
+    read_shape: Callable[[ConfigReader], ModelShape]
+    tensor_rules: Callable[[ModelShape], list[Rule]]
+    derived: tuple[str, ...] = ()
+    tied: tuple[str, str] = ("lm_head.weight", "model.embed_tokens.weight")
+
+
+FAMILIES = {
+    "llama": Family(llama.read_shape, llama.tensor_rules, llama.DERIVED),
+    "qwen2": Family(qwen2.read_shape, qwen2.tensor_rules),
+}
+
+
+def find_family(model_type: object) -> Family:
+    """Raises InputError listing the known families."""
+    if not isinstance(model_type, str) or model_type not in FAMILIES:
+        raise InputError("config.json: model_type", model_type, f"supported families: {', '.join(sorted(FAMILIES))}")
+    return FAMILIES[model_type]
+
+
+def read_shape(config: dict) -> ModelShape:
+    """``config.json`` as a ModelShape. Raises InputError naming a field or a value that is not understood."""
+    family, reader = find_family(config.get("model_type")), ConfigReader(config)
+    shape = family.read_shape(reader)
+    reader.finish()
+    if shape.heads % shape.kv_heads:
+        raise InputError("config.json: num_key_value_heads", shape.kv_heads, f"must divide {shape.heads} query heads")
+    if shape.head_dim % 2:
+        raise InputError("config.json: head_dim", shape.head_dim, "must be even: rotary embedding turns pairs")
+    return shape
+
+
+def tensor_map(shape: ModelShape) -> TensorMap:
+    """The proved map of a model's tensors."""
+    return TensorMap(find_family(shape.family).tensor_rules(shape))
