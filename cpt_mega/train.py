@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from cpt_mega.errors import CptMegaError, ExitCode, InputError
+from cpt_mega.loop.noise import quieten
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -75,6 +76,7 @@ def _dry_run(config, world_size: int | None) -> int:
 
 def guarded(work, config) -> int:
     """Runs; an error becomes one line (or a traceback for a fault), a status and an exit code."""
+    quieten()
     try:
         return work()
     except KeyboardInterrupt:

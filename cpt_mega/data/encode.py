@@ -87,11 +87,10 @@ def encode_chunks(chunks: Iterator[Chunk], tokenizer: str, bos: bool, workers: i
 
 
 def _in_order(pool: ProcessPoolExecutor, chunks: Iterator[Chunk], ahead: int) -> Iterator[EncodedChunk]:
-    with _signals_deferred():
-        pool.submit(int)  # starts all workers
     pending = deque()
     for chunk in chunks:
-        pending.append(pool.submit(_encode, chunk))
+        with _signals_deferred():  # the pool starts its workers one by one as chunks come
+            pending.append(pool.submit(_encode, chunk))
         if len(pending) > ahead:
             yield pending.popleft().result()
     while pending:
@@ -100,7 +99,7 @@ def _in_order(pool: ProcessPoolExecutor, chunks: Iterator[Chunk], ahead: int) ->
 
 @contextlib.contextmanager
 def _signals_deferred() -> Iterator[None]:
-    """Starts workers undisturbed: a signal in between would leave one half started, to die with a traceback.
+    """Lets a worker start undisturbed: a signal in between would leave it half started, to die with a traceback.
 
     Workers inherit the blocked SIGINT: Ctrl-C reaches this process alone, which then ends them in order.
     """

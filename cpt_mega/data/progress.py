@@ -46,8 +46,8 @@ class EncodingProgress:
             self._bar.update(self._task, completed=self.bytes, rates=self._rates())
         elif time.monotonic() - self._shown > PLAIN_INTERVAL_S:
             self._shown = time.monotonic()
-            self.stream.write(f"encoding {self.bytes / self.total_bytes:.0%}  {self._rates()}  left {self._left_s()} s\n")
-            self.stream.flush()
+            share = self.bytes / self.total_bytes
+            print(f"encoding {share:.0%}  {self._rates()}  left {self._left_s()} s", file=self.stream, flush=True)
 
     def _seconds(self) -> float:
         return max(time.monotonic() - self._begun, 1e-9)

@@ -130,7 +130,7 @@ def _load_hf(cls: type[TextTokenizer], path: Path) -> TextTokenizer:
     try:
         tokenizer = tokenizers.Tokenizer.from_file(str(path))
     except Exception as error:  # the library raises bare Exception
-        raise InputError("tokenizer", str(path), f"cannot be read ({error}); save it again with transformers") from error
+        raise InputError("tokenizer", str(path), f"cannot be read ({error}); copy it again") from error
     encoder = HFEncoder(tokenizer)
     bos_id, eos_id = (_special_id(path.parent, name, tokenizer.token_to_id) for name in ("bos", "eos"))
     with_specials = tokenizer.encode(PROBE_TEXT, add_special_tokens=True).ids

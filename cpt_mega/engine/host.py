@@ -8,8 +8,6 @@ expects. Each stand-in is a separate function object: dynamo's tables are keyed 
 
 import contextlib
 import functools
-import logging
-import warnings
 from collections.abc import Callable
 from types import SimpleNamespace
 
@@ -24,20 +22,6 @@ _FACTORIES = (
     "empty zeros ones full tensor arange rand randn randint eye linspace as_tensor "
     "empty_like zeros_like ones_like full_like rand_like"
 ).split()
-
-# What core and torch say to their own developers at every start; a user can do nothing about it.
-_NOISE = (
-    (r".*is deprecated", FutureWarning),
-    (r".*torch\.distributed\..* is deprecated", Warning),
-    (r".*[Aa]pex is not installed", UserWarning),
-    (r".*transformer_engine is not installed", UserWarning),
-    (r".*nvidia-modelopt is not installed", UserWarning),
-    (r".*TypedStorage is deprecated", UserWarning),
-    (r".*`torch\.jit\.script` is", Warning),
-    (r".*`load_state_dict` is deprecated", FutureWarning),
-    (r".*Please use `torch.*` instead", FutureWarning),
-    (r".*gradient of a non-leaf|The \.grad attribute of a Tensor that is not a leaf", UserWarning),
-)
 
 _prepared = False
 
@@ -60,14 +44,6 @@ def prepare() -> None:
     _stand_in_for_generators()
     _stand_in_for_tensors()
     _stand_in_for_adam()
-
-
-def quieten() -> None:
-    """Keeps warnings of libraries about libraries off a user's screen; entry points call it, tests do not."""
-    for message, category in _NOISE:
-        warnings.filterwarnings("ignore", message=message, category=category)
-    warnings.filterwarnings("ignore", category=UserWarning, module=r"megatron\.core")
-    logging.getLogger("megatron.core").setLevel(logging.ERROR)
 
 
 def _no_compile(model: Callable | None = None, **options):

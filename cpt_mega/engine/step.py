@@ -46,11 +46,15 @@ class Engine:
         self.optimizer = build_optimizer(self.model, config, mesh) if train else None
         self._run_schedule = get_forward_backward_func()
 
-    def my_rows(self, count: int, size: int) -> list[list[int]]:
-        """Indices into a batch of ``count`` rows that this data-parallel rank computes, a list of ``size`` a micro-batch."""
-        dp, me = self.mesh.dp, self.mesh.dp_rank
-        starts = range(me * size, count, dp * size)
-        return [list(range(start, min(start + size, count))) for start in starts]
+    def my_rows(self, count: int) -> list[list[int]]:
+        """Indices into a batch of ``count`` rows that this data-parallel rank computes, a list a micro-batch.
+
+        Every micro-batch has ``train.micro_batch_size`` of them, because stages exchange tensors of one shape: where an
+        evaluation does not fill the last one, its last row is computed again, with the same result.
+        """
+        size, dp, me = self.config.train.micro_batch_size, self.mesh.dp, self.mesh.dp_rank
+        groups = (list(range(start, min(start + size, count))) for start in range(me * size, count, dp * size))
+        return [group + group[-1:] * (size - len(group)) for group in groups]
 
     def train_step(self, count: int, read: Callable[[int], Row], lr: float) -> StepResult:
         """One optimizer update over a global batch of ``count`` rows; ``read(i)`` gives row i where it is needed.
@@ -91,8 +95,7 @@ class Engine:
             return self._schedule(forward, batches, forward_only=True, collect_non_loss_data=True)
 
     def _losses(self, count: int, read: Callable[[int], Row], forward_only: bool) -> Tensor:
-        # Stages exchange tensors of one shape, so an evaluation, whose rows need not fill micro-batches, takes them singly.
-        places = self.my_rows(count, 1 if forward_only else self.config.train.micro_batch_size)
+        places = self.my_rows(count)
         batches = [MicroBatch.of([read(i) for i in indices], self.mesh.device) for indices in places]
         found = self._schedule(_forward_with_loss, batches, forward_only=forward_only)
         losses = torch.zeros(count, 2, dtype=torch.float64, device=self.mesh.device)

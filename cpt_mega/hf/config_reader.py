@@ -8,14 +8,15 @@ from cpt_mega.errors import InputError
 from cpt_mega.hf.shape import RopeShape
 
 # Bookkeeping of transformers: nothing here changes the value of a forward pass over given token ids.
-BOOKKEEPING = frozenset(
-    """
-    _attn_implementation _attn_implementation_autoset _attn_implementation_internal _name_or_path architectures
-    bos_token_id chunk_size_feed_forward dtype eos_token_id id2label initializer_range label2id max_length
-    model_type name_or_path output_attentions output_hidden_states pad_token_id problem_type
-    return_dict tokenizer_class torch_dtype transformers_version unk_token_id use_cache
-    """.split()
-)
+# fmt: off
+BOOKKEEPING = frozenset({
+    "_attn_implementation", "_attn_implementation_autoset", "_attn_implementation_internal", "_name_or_path",
+    "architectures", "bos_token_id", "chunk_size_feed_forward", "dtype", "eos_token_id", "id2label",
+    "initializer_range", "label2id", "max_length", "model_type", "name_or_path",
+    "output_attentions", "output_hidden_states", "pad_token_id", "problem_type", "return_dict", "tokenizer_class",
+    "torch_dtype", "transformers_version", "unk_token_id", "use_cache",
+})
+# fmt: on
 
 # What each accepted type of rotary embedding must come with, under Hugging Face's names.
 ROPE_PARAMETERS = {
@@ -102,7 +103,7 @@ class ConfigReader:
         unknown = sorted(key for key, value in self._config.items() if key not in self._taken and value is not None)
         if unknown:
             values = {key: self._config[key] for key in unknown}
-            fix = "not known for this family; remove the field if it does not change the model, else it cannot be trained"
+            fix = "not known for this family; remove the field only if it does not change the model"
             raise InputError(f"config.json: {', '.join(unknown)}", values, fix)
 
 
@@ -122,7 +123,9 @@ def _rope(field: str, fields: dict, theta: float) -> RopeShape:
         raise InputError(f"config.json: {field}.partial_rotary_factor", "below 1", "only 1.0 is supported")
     _expect_parameters(field, kind, fields)
     if not _is_positive(theta) or not all(map(_is_positive, fields.values())):
-        raise InputError(f"config.json: {field}", {"rope_theta": theta, **fields}, "every value must be a positive number")
+        raise InputError(
+            f"config.json: {field}", {"rope_theta": theta, **fields}, "every value must be a positive number"
+        )
     return RopeShape(float(theta), kind, fields)
 
 

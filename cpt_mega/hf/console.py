@@ -26,6 +26,8 @@ def bytes_progress(title: str) -> Iterator[Callable[[int, int], None]]:
 def print_table(title: str, rows: Mapping[str, object], next_command: str) -> None:
     """A two-column table, and the next command to type."""
     table = Table(title=title, show_header=False, title_justify="left")
+    table.add_column()
+    table.add_column(overflow="fold")
     for name, value in rows.items():
         table.add_row(name, str(value))
     Console().print(table)

@@ -34,7 +34,15 @@ from cpt_mega.hf.model_info import (
 from cpt_mega.hf.safetensors_io import DTYPES, Stored
 from cpt_mega.hf.shape import ModelShape
 from cpt_mega.hf.tensor_map import Block, Run, TensorMap
-from cpt_mega.lineage import building_folder, damaged_files, folder_files, measure_files, seal_folder, sealed_files, text_digest
+from cpt_mega.lineage import (
+    building_folder,
+    damaged_files,
+    folder_files,
+    measure_files,
+    seal_folder,
+    sealed_files,
+    text_digest,
+)
 
 Progress = Callable[[int, int], None]  # bytes done, bytes in all
 
@@ -192,11 +200,15 @@ def _one_dtype(stored: Mapping[str, Stored]) -> torch.dtype:
         if tensor.dtype not in DTYPES:
             raise InputError(f"{tensor.file}: {name}", tensor.dtype, f"supported dtypes: {', '.join(DTYPES)}")
         if tensor.dtype != expected:
-            raise InputError(f"{tensor.file}: {name}", tensor.dtype, f"must be {expected}, as the tensors before it are")
+            raise InputError(
+                f"{tensor.file}: {name}", tensor.dtype, f"must be {expected}, as the tensors before it are"
+            )
     return DTYPES[expected]
 
 
-def _write_checkpoint(source: _Source, folder: Path, written: Callable[[Path], None], progress: Progress | None) -> None:
+def _write_checkpoint(
+    source: _Source, folder: Path, written: Callable[[Path], None], progress: Progress | None
+) -> None:
     scratch = safetensors_io.Scratch()
     itemsize = source.dtype.itemsize
     blocks = [part for block in source.map.blocks for part in block.cut(BLOCK_BYTES // itemsize)]
@@ -320,7 +332,7 @@ def _check_checkpoint(folder: Path) -> _Checkpoint:
     info = read_model_info(folder)
     config = read_config(folder / HF_FOLDER)
     if read_shape(config) != info.shape:
-        raise CheckpointError("checkpoint", str(folder), "model.json and hf/config.json disagree; import the model again")
+        raise CheckpointError("checkpoint", str(folder), "model.json and config.json disagree; import again")
     mapped, index = tensor_map(info.shape), torch_dist.read_index(folder)
     ignored = [key for key in index if key.startswith("optimizer.")]
     dtype = _check_index(folder, mapped, {key: entry for key, entry in index.items() if key not in set(ignored)})
@@ -331,7 +343,7 @@ def _check_index(folder: Path, mapped: TensorMap, index: Mapping[str, TensorStor
     """The dtype of the model's tensors. Raises CheckpointError naming the first that does not fit the map."""
     missing, extra = sorted(mapped.targets.keys() - index.keys()), sorted(index.keys() - mapped.targets.keys())
     if missing or extra:
-        fix = f"{missing[0]} is missing" if missing else f"{extra[0]} has no place in a Hugging Face model of this family"
+        fix = f"{missing[0]} is missing" if missing else f"{extra[0]} has no place in this family"
         raise CheckpointError("checkpoint", str(folder), f"{fix}; name another checkpoint")
     dtypes = {key: entry.properties.dtype for key, entry in index.items()}
     expected = next(iter(dtypes.values()))

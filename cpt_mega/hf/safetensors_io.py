@@ -206,7 +206,9 @@ def _total_bytes(shapes: Iterable[tuple[int, ...]], dtype: torch.dtype) -> int:
     return sum(map(math.prod, shapes)) * dtype.itemsize
 
 
-def _layout(file: Path, names: list[str], shapes: Mapping[str, tuple[int, ...]], dtype: torch.dtype) -> dict[str, Stored]:
+def _layout(
+    file: Path, names: list[str], shapes: Mapping[str, tuple[int, ...]], dtype: torch.dtype
+) -> dict[str, Stored]:
     offset, placed = len(_header(names, shapes, dtype)), {}
     for name in names:
         placed[name] = Stored(file, DTYPE_CODES[dtype], tuple(shapes[name]), offset)

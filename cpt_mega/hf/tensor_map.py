@@ -297,8 +297,10 @@ def _prove_tiling(what: str, spans: list[tuple[int, int]], rows: int) -> None:
     reached = 0
     for start, end in sorted(spans):
         if start != reached:
-            raise ValueError(f"tensor map: {what}: rows {min(start, reached)} to {max(start, reached)} used "
-                             f"{'twice' if start < reached else 'by nothing'}")
+            raise ValueError(
+                f"tensor map: {what}: rows {min(start, reached)} to {max(start, reached)} used "
+                f"{'twice' if start < reached else 'by nothing'}"
+            )
         reached = end
     if reached != rows:
         raise ValueError(f"tensor map: {what}: {reached} of {rows} rows are used")

@@ -122,7 +122,9 @@ def read_index(folder: Path) -> dict[str, TensorStorageMetadata]:
     Raises CheckpointError when the index cannot be read.
     """
     metadata = _read_metadata(FileSystemReader(folder))
-    return {key: entry for key, entry in metadata.state_dict_metadata.items() if isinstance(entry, TensorStorageMetadata)}
+    return {
+        key: entry for key, entry in metadata.state_dict_metadata.items() if isinstance(entry, TensorStorageMetadata)
+    }
 
 
 def _read_metadata(reader: FileSystemReader) -> Metadata:

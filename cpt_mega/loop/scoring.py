@@ -3,6 +3,7 @@
 import json
 import math
 import os
+import socket
 import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
@@ -16,7 +17,6 @@ from rich.progress import Progress
 from cpt_mega.checkpoint.store import STATE_FILE, checkpoint_problem, read_state
 from cpt_mega.config import Config
 from cpt_mega.config.load import build_config
-from cpt_mega.engine.host import quieten
 from cpt_mega.engine.mesh import Mesh, start_mesh, stop_mesh, world_size
 from cpt_mega.engine.platform import check_layout
 from cpt_mega.engine.score import RowScores, score_rows
@@ -48,47 +48,58 @@ def score_file(checkpoint: str, source: str, target: str, overrides: Sequence[st
 
     Raises InputError for a bad row (file and line), a layout that does not fit, or a checkpoint that cannot be read.
     """
-    quieten()
     with ExitStack() as stack:
-        mesh = None
-        folder = Path(checkpoint)
-        if (folder / "config.json").is_file():
-            folder = _imported(folder, stack)
-        folder = locate_checkpoint(folder)
-        info = read_model_info(folder)
-        config = _scoring_config(folder, info.dtype, overrides)
-        check_layout(config, info.shape, world_size())
+        config = _scoring_config(overrides)
         mesh = start_mesh(config.parallel, config.train.seed)
         stack.callback(stop_mesh)
+        folder = Path(checkpoint)
+        if (folder / "config.json").is_file():
+            folder = _imported(folder, mesh, stack)
+        folder = locate_checkpoint(folder, "--checkpoint")
         problem = checkpoint_problem(folder, mesh)
         if problem:
             raise CheckpointError("--checkpoint", str(folder), problem)
+        info = read_model_info(folder)
+        if not any(word.startswith("precision=") for word in overrides):
+            config = config.model_copy(update={"precision": _own_precision(folder, info.dtype)})
+        check_layout(config, info.shape, world_size())
         engine = Engine(config, info.shape, mesh, train=False)
         load_weights(engine, folder)
         _score_all(engine, mesh, Path(source), Path(target))
     return ExitCode.FINISHED
 
 
-def _imported(hf_folder: Path, stack: ExitStack) -> Path:
-    """An HF folder as a checkpoint of this process's own, for as long as it scores."""
-    parent = stack.enter_context(tempfile.TemporaryDirectory(prefix="cpt_mega_score_"))
-    import_hf(hf_folder, Path(parent) / "import")
-    return Path(parent) / "import"
+def _imported(hf_folder: Path, mesh: Mesh, stack: ExitStack) -> Path:
+    """An HF folder as a temporary checkpoint, made once on each host."""
+    path = None
+    if os.environ.get("LOCAL_RANK", "0") == "0":
+        parent = stack.enter_context(tempfile.TemporaryDirectory(prefix="cpt_mega_score_"))
+        path = Path(parent) / "import"
+        import_hf(hf_folder, path)
+    host = socket.gethostname()
+    made = mesh.gather((host, path))
+    paths = mesh.share({h: p for h, p in made if p} if made else None)
+    return paths[host]
 
 
-def _scoring_config(folder: Path, dtype: str, overrides: Sequence[str]) -> Config:
-    """Layout and precision as asked; precision otherwise the run's own, or the import's dtype."""
+def _scoring_config(overrides: Sequence[str]) -> Config:
+    """Layout and precision as asked."""
     for word in overrides:
         if not word.startswith(_SECTIONS):
             raise InputError("command line", word, "the scorer takes parallel.* and precision")
-    trained = read_state(folder).config["precision"] if (folder / STATE_FILE).is_file() else None
     values = {
         "run": {"dir": "."},
-        "model": {"checkpoint": str(folder)},
+        "model": {"checkpoint": "."},
         "train": {"tokens": 0, "global_batch_size": world_size(), "seq_length": 1 << 20},
-        "precision": trained or ("fp32" if dtype == "float32" else "bf16"),
     }
     return build_config(values, overrides)
+
+
+def _own_precision(folder: Path, dtype: str) -> str:
+    """The precision a run trained in, or what suits an import's dtype."""
+    if (folder / STATE_FILE).is_file():
+        return read_state(folder).config["precision"]
+    return "fp32" if dtype == "float32" else "bf16"
 
 
 def _score_all(engine: Engine, mesh: Mesh, source: Path, target: Path) -> None:

@@ -14,7 +14,6 @@ from cpt_mega.checkpoint.store import TrainerState
 from cpt_mega.config import Config
 from cpt_mega.data.sources import Source, normalised_weights, open_sources
 from cpt_mega.data.stream import MixedStream, StreamState
-from cpt_mega.engine.host import quieten
 from cpt_mega.engine.mesh import Mesh, start_mesh, stop_mesh, world_size
 from cpt_mega.engine.platform import check_layout
 from cpt_mega.engine.step import Engine
@@ -23,12 +22,12 @@ from cpt_mega.gates.perplexity import open_eval_sets
 from cpt_mega.hf.locate import locate_checkpoint
 from cpt_mega.hf.model_info import HF_FOLDER, ModelInfo, read_model_info, tokenizer_digest
 from cpt_mega.lineage import code_version, file_digest, library_versions, new_run_id
-from cpt_mega.loop.callbacks import Callback, Checkpoints, Control, Evaluation, Logging
+from cpt_mega.loop.callbacks import Checkpoints, Control, Evaluation, Logging
 from cpt_mega.loop.console import contract_table, make_console, sources_table
 from cpt_mega.loop.reporters import open_reporters
 from cpt_mega.loop.run_folder import RunFolder
 from cpt_mega.loop.signals import StopRequest
-from cpt_mega.loop.trainer import Trainer
+from cpt_mega.loop.trainer import Callback, Trainer
 
 
 def run_session(config: Config, command: Sequence[str]) -> tuple[str, str]:
@@ -36,7 +35,6 @@ def run_session(config: Config, command: Sequence[str]) -> tuple[str, str]:
 
     Raises InputError for anything the user can mend, FaultError for a run that cannot go on.
     """
-    quieten()
     clock = _StartUp()
     if config.train.deterministic:
         torch.use_deterministic_algorithms(True)
@@ -68,7 +66,7 @@ def _run(
     folder = RunFolder(run_dir, mesh.is_main)
     ranks = mesh.gather({"rank": mesh.rank, "host": socket.gethostname(), "pid": os.getpid()})
     folder.open(config, ranks, state.step)
-    status = _Status(folder, state, command)
+    status = _Status(folder, state, command, config.checkpoint.export_hf == "final")
     status.write("running", "")
     reporters = open_reporters(config, run_dir, state.run_id, state.step) if mesh.is_main else []
     clock.mark("loggers")
@@ -164,8 +162,8 @@ def _introduce(console, config, info, restore, sources, mesh, clock) -> None:
 class _Status:
     """Keeps ``status.json`` at the step the run has come to, once a log interval; also a callback of the loop."""
 
-    def __init__(self, folder: RunFolder, state: TrainerState, command: list[str]):
-        self.folder, self.state, self.command = folder, state, command
+    def __init__(self, folder: RunFolder, state: TrainerState, command: list[str], exports: bool):
+        self.folder, self.state, self.command, self.exports = folder, state, command, exports
 
     def write(self, state: str, reason: str) -> None:
         place = (self.state.step, self.state.tokens, self.state.run_id)
@@ -173,6 +171,8 @@ class _Status:
 
     def next_command(self, state: str) -> str:
         run = shlex.quote(str(self.folder.path))
+        if state == "finished" and self.exports:
+            return f"python -m cpt_mega.score --checkpoint {run}/export --input ROWS.jsonl --output SCORES.jsonl"
         if state == "finished":
             return f"python tools/export_hf.py --checkpoint {run} --output {run}/export"
         if state == "gate_stop":

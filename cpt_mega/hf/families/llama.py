@@ -20,7 +20,8 @@ def read_shape(reader: ConfigReader) -> ModelShape:
 
 
 def read_decoder(reader: ConfigReader, family: str, **different: object) -> ModelShape:
-    """The fields that Llama shares with the families after it; ``different`` are ModelShape fields that are not read."""
+    """The fields that Llama shares with later families; ``different`` are ModelShape fields that are not read."""
+    reader.only("is_encoder_decoder", False)
     reader.only("hidden_act", "silu")
     reader.only("attention_dropout", 0)
     hidden_size, heads = reader.size("hidden_size"), reader.size("num_attention_heads")
@@ -44,8 +45,11 @@ def read_decoder(reader: ConfigReader, family: str, **different: object) -> Mode
 def tensor_rules(shape: ModelShape) -> list[Rule]:
     """Every tensor of a Llama of this shape. Norms stand under the names that Transformer Engine's fused layers use."""
     hidden, ffn, layers = shape.hidden_size, shape.ffn_hidden_size, shape.layers
+
     def stacked(key: str, parts: dict[str, tuple[int, ...]]) -> StackedLayers:
-        return StackedLayers(f"decoder.layers.{key}", layers, {f"model.layers.{{layer}}.{n}": s for n, s in parts.items()})
+        return StackedLayers(
+            f"decoder.layers.{key}", layers, {f"model.layers.{{layer}}.{n}": s for n, s in parts.items()}
+        )
 
     rules = [
         PaddedVocab(
@@ -56,7 +60,9 @@ def tensor_rules(shape: ModelShape) -> list[Rule]:
         ),
         stacked("self_attention.linear_qkv.layer_norm_weight", {"input_layernorm.weight": (hidden,)}),
         qkv_rule(shape, "weight", (hidden,)),
-        stacked("self_attention.linear_proj.weight", {"self_attn.o_proj.weight": (hidden, shape.heads * shape.head_dim)}),
+        stacked(
+            "self_attention.linear_proj.weight", {"self_attn.o_proj.weight": (hidden, shape.heads * shape.head_dim)}
+        ),
         stacked("mlp.linear_fc1.layer_norm_weight", {"post_attention_layernorm.weight": (hidden,)}),
         stacked("mlp.linear_fc1.weight", {"mlp.gate_proj.weight": (ffn, hidden), "mlp.up_proj.weight": (ffn, hidden)}),
         stacked("mlp.linear_fc2.weight", {"mlp.down_proj.weight": (hidden, ffn)}),
