@@ -1,0 +1,56 @@
+#!/usr/bin/env bash
+# One machine or several: starts as many processes as the configuration's layout needs, or NPROC of them on each machine,
+# and returns the trainer's own exit code (torchrun itself answers 1 whatever a worker returns).
+# Usage: launch/torchrun.sh CONFIG [section.key=value ...]
+# Several machines: the same command on each, with NNODES, RDZV_ENDPOINT=host:port (and RDZV_ID) set.
+set -uo pipefail
+if [ $# -lt 1 ] || [ "$1" = --help ] || [ "$1" = -h ]; then
+  sed -n '2,5s/^# //p' "$0"
+  [ $# -ge 1 ] && exit 0
+  exit 2
+fi
+root=$(cd "$(dirname "$0")/.." && pwd)
+python=$root/.venv/bin/python
+[ -x "$python" ] || python=python3
+config=$1
+shift
+
+# Validates the configuration in one short process, so that a wrong key is one line and not one a worker.
+plan=$("$python" -m cpt_mega.train --config "$config" --print-launch "$@") || exit $?
+needs=${plan%% *} run_dir=${plan#* }
+nproc=${NPROC:-}
+if [ -z "$nproc" ]; then
+  gpus=$(nvidia-smi --list-gpus 2>/dev/null | wc -l)
+  nproc=$((gpus > needs ? gpus : needs))
+fi
+if [ "${NNODES:-1}" -gt 1 ]; then
+  where=(--nnodes "$NNODES" --rdzv-backend c10d --rdzv-endpoint "${RDZV_ENDPOINT:?set RDZV_ENDPOINT=host:port of one machine}"
+    --rdzv-id "${RDZV_ID:-cpt_mega}")
+else
+  where=(--standalone)
+fi
+# On CPU each process computes with its share of the cores; torchrun would give it one and say so at length.
+if [ -z "${OMP_NUM_THREADS:-}" ]; then
+  cores=$(nproc)
+  export OMP_NUM_THREADS=$((cores / nproc > 0 ? cores / nproc : 1))
+fi
+before=$(stat -c %Y.%s "$run_dir/status.json" 2>/dev/null)
+# The terminal's Ctrl-C reaches torchrun and the trainer by itself; this shell only has to outlive them.
+trap : INT
+trap 'kill -TERM "$child" 2>/dev/null' TERM
+"$python" -m torch.distributed.run "${where[@]}" --nproc-per-node "$nproc" -m cpt_mega.train --config "$config" "$@" &
+child=$!
+wait "$child"
+code=$?
+while kill -0 "$child" 2>/dev/null; do
+  wait "$child"
+  code=$?
+done
+[ "$code" = 0 ] && exit 0
+# status.json holds the trainer's own code, if this run wrote it.
+after=$(stat -c %Y.%s "$run_dir/status.json" 2>/dev/null)
+if [ -n "$after" ] && [ "$before" != "$after" ]; then
+  own=$("$python" -c 'import json, sys; print(json.load(open(sys.argv[1]))["exit_code"] or "")' "$run_dir/status.json" 2>/dev/null)
+  [ -n "$own" ] && exit "$own"
+fi
+exit 70

@@ -1,0 +1,223 @@
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from cpt_mega.data.indexed import IndexedCorpus
+from cpt_mega.data.manifest import content_digest, load_manifest
+from cpt_mega.data.tokenizer import TextTokenizer
+from cpt_mega.lineage import file_digest
+from tests.helpers.corpora import TEXTS, write_bpe_tokenizer, write_jsonl
+
+TOOL = Path(__file__).resolve().parents[2] / "tools" / "preprocess_data.py"
+ENVIRONMENT = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+
+
+def command(*arguments):
+    return [sys.executable, str(TOOL), *map(str, arguments)]
+
+
+def run(folder, *arguments):
+    """Runs the tool from a folder that is not the repository."""
+    return subprocess.run(command(*arguments), cwd=folder, env=ENVIRONMENT, capture_output=True, text=True, timeout=60)
+
+
+def files_of(folder, prefix="c"):
+    return {path.name: path.read_bytes() for path in folder.iterdir() if path.name.lstrip(".").startswith(prefix + ".")}
+
+
+@pytest.fixture(scope="module")
+def tokenizer_folder(tmp_path_factory):
+    return write_bpe_tokenizer(tmp_path_factory.mktemp("tokenizer"))
+
+
+@pytest.fixture
+def source(tmp_path):
+    return write_jsonl(tmp_path / "in.jsonl", TEXTS)
+
+
+def test_text_comes_back_with_one_eos(tmp_path, tokenizer_folder, source):
+    done = run(tmp_path, "--input", source, "--tokenizer", tokenizer_folder, "--output", "c", "--workers", 1)
+    assert done.returncode == 0, done.stderr
+    corpus, tokenizer = IndexedCorpus(tmp_path / "c"), TextTokenizer.load(tokenizer_folder)
+    documents = [corpus.read(i, 0, length).tolist() for i, length in enumerate(corpus.document_lengths)]
+    assert [tokenizer.decode(ids[:-1]) for ids in documents] == TEXTS
+    assert all(ids.count(tokenizer.eos_id) == 1 and ids[-1] == tokenizer.eos_id for ids in documents)
+    assert "documents in = documents out + rejects: 5 = 5 + 0\n" in done.stdout
+    assert f"- {{name: c, path: {tmp_path / 'c'}, role: domain}}" in done.stdout
+    assert set(files_of(tmp_path)) == {"c.bin", "c.idx", "c.manifest.json"}
+
+
+def test_the_manifest_accounts_for_everything(tmp_path, tokenizer_folder, source):
+    run(tmp_path, "--input", source, source, "--tokenizer", tokenizer_folder, "--output", "c", "--workers", 1)
+    manifest, corpus = load_manifest(tmp_path / "c"), IndexedCorpus(tmp_path / "c")
+    manifest.check_against(corpus)
+    assert manifest.documents == 10 and manifest.rejects == 0 and manifest.dtype == "uint16"
+    assert manifest.token_bytes == 2 * sum(len(text.encode()) for text in TEXTS)
+    assert manifest.content_digest == content_digest(tmp_path / "c")
+    measured = {"path": str(source), "bytes": source.stat().st_size, "sha256": file_digest(source), "field": "text"}
+    assert manifest.sources == [measured] * 2
+    assert (manifest.bos_id, manifest.eos_id) == (None, 1)
+
+
+def test_workers_do_not_change_the_result(tmp_path, tokenizer_folder):
+    lines = [f"{text} {number}" for number in range(9000) for text in TEXTS]  # several chunks
+    lines[7], lines[40000] = b"{broken", ""
+    source = write_jsonl(tmp_path / "in.jsonl", lines)
+    for workers in (1, 3):
+        (tmp_path / str(workers)).mkdir()
+        arguments = ("--input", source, "--tokenizer", tokenizer_folder, "--output", "c", "--workers", workers)
+        done = run(tmp_path / str(workers), *arguments)
+        assert done.returncode == 0, done.stderr
+    assert files_of(tmp_path / "1") == files_of(tmp_path / "3")
+    rejects = [json.loads(line) for line in (tmp_path / "1" / "c.rejects.jsonl").read_text().splitlines()]
+    assert [(reject["line"], reject["reason"].split(":")[0]) for reject in rejects] == [
+        (8, "not JSON"),
+        (40001, "empty"),
+    ]
+    assert "45,000 = 44,998 + 2" in done.stdout
+    assert f"rejected {source}:8: not JSON" in done.stdout.replace("\n", "")
+
+
+@pytest.mark.parametrize(
+    ("line", "reason"),
+    [
+        (b"{broken", "not JSON"),
+        (b'{"text": "\xff"}', "not JSON"),
+        (b'{"text": "\\ud800"}', "not JSON"),
+        (b"[1]", "not a JSON object"),
+        (b'{"body": "x"}', "no field 'text'"),
+        (b'{"text": 1}', "field 'text' is not text"),
+        (b'{"text": ""}', "empty"),
+        (b'{"text": "<|eos|>"}', "empty"),
+    ],
+)
+def test_rejects_are_told_apart(tmp_path, tokenizer_folder, line, reason):
+    """Through the library: one process less per case."""
+    from cpt_mega.data.preprocess import PreprocessOptions, preprocess
+
+    source = write_jsonl(tmp_path / "in.jsonl", ["good", line, b"", b"  ", "good"])
+    options = PreprocessOptions((str(source),), str(tokenizer_folder), str(tmp_path / "c"), max_reject_share=0.5)
+    report = preprocess(options)
+    assert (report.documents_in, report.manifest.documents) == (3, 2)
+    assert report.rejects_by_reason == {reason: 1}
+    assert (report.first_rejects[0].path, report.first_rejects[0].line) == (str(source), 2)
+
+
+def test_nul_bytes_and_literal_special_tokens_are_kept(tmp_path, tokenizer_folder):
+    from cpt_mega.data.preprocess import PreprocessOptions, preprocess
+
+    source = write_jsonl(tmp_path / "in.jsonl", ["a\0b", "one<|eos|>two"])
+    preprocess(PreprocessOptions((str(source),), str(tokenizer_folder), str(tmp_path / "c")))
+    corpus, tokenizer = IndexedCorpus(tmp_path / "c"), TextTokenizer.load(tokenizer_folder)
+    texts = [tokenizer.decode(corpus.read(i, 0, length)) for i, length in enumerate(corpus.document_lengths)]
+    assert texts == ["a\0b<|eos|>", "one<|eos|>two<|eos|>"]
+
+
+def test_too_many_rejects_leave_nothing(tmp_path, tokenizer_folder):
+    source = write_jsonl(tmp_path / "in.jsonl", ["good", b"bad"])
+    done = run(tmp_path, "--input", source, "--tokenizer", tokenizer_folder, "--output", "c", "--workers", 2)
+    assert done.returncode == 2
+    assert "--max-reject-share = 0.001: 1 of 2 documents" in done.stderr and f"{source}:2: not JSON" in done.stderr
+    assert "Traceback" not in done.stderr
+    assert not files_of(tmp_path)
+
+
+def test_a_failure_leaves_the_corpus_that_was_there(tmp_path, tokenizer_folder, source):
+    arguments = ("--tokenizer", tokenizer_folder, "--output", "c", "--workers", 1, "--input")
+    run(tmp_path, *arguments, source)
+    before = files_of(tmp_path)
+    assert run(tmp_path, *arguments, write_jsonl(tmp_path / "bad.jsonl", [b"bad"])).returncode == 2
+    assert files_of(tmp_path) == before
+
+
+def test_an_old_reject_file_goes_when_nothing_is_rejected(tmp_path, tokenizer_folder, source):
+    (tmp_path / "c.rejects.jsonl").write_text("{}\n")
+    run(tmp_path, "--input", source, "--tokenizer", tokenizer_folder, "--output", "c", "--workers", 1)
+    assert "c.rejects.jsonl" not in files_of(tmp_path)
+
+
+@pytest.mark.parametrize("policy", ["auto", "always", "never"])
+@pytest.mark.parametrize("adds_bos", [False, True])
+def test_bos_policies(tmp_path, policy, adds_bos):
+    from cpt_mega.data.preprocess import PreprocessOptions, preprocess
+
+    folder = write_bpe_tokenizer(tmp_path / "t", adds_bos=adds_bos)
+    source = write_jsonl(tmp_path / "in.jsonl", TEXTS)
+    manifest = preprocess(PreprocessOptions((str(source),), str(folder), str(tmp_path / "c"), bos=policy)).manifest
+    expected = {"auto": adds_bos, "always": True, "never": False}[policy]
+    corpus = IndexedCorpus(tmp_path / "c")
+    assert manifest.bos_id == (0 if expected else None)
+    assert all((corpus.read(number, 0, 1)[0] == 0) == expected for number in range(corpus.documents))
+
+
+def test_reuse_keeps_only_what_the_same_recipe_made(tmp_path, tokenizer_folder, source):
+    from cpt_mega.data.preprocess import PreprocessOptions, preprocess
+
+    def reused(**changes):
+        values = {"inputs": (str(source),), "tokenizer": str(tokenizer_folder), "output": str(tmp_path / "c")}
+        return preprocess(PreprocessOptions(**values | {"reuse": True} | changes)).reused
+
+    assert [reused(), reused(), reused(reuse=False), reused()] == [False, True, False, True]
+    assert [reused(bos="always"), reused(bos="always")] == [False, True]
+    content = bytearray((tmp_path / "c.bin").read_bytes())
+    content[0] ^= 1
+    (tmp_path / "c.bin").write_bytes(content)
+    assert [reused(bos="always"), reused(bos="always")] == [False, True]
+    write_jsonl(source, ["changed"])
+    assert [reused(bos="always"), reused(bos="always")] == [False, True]
+    (tmp_path / "c.manifest.json").write_text("{")
+    assert [reused(bos="always"), reused(bos="always")] == [False, True]
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"--input": "absent.jsonl"}, "--input = 'absent.jsonl': no such file"),
+        ({"--input": "in.xml"}, "end in one of .jsonl"),
+        ({"--tokenizer": "absent"}, "tokenizer = 'absent'"),
+        ({"--workers": "0"}, "--workers = 0"),
+        ({"--max-reject-share": "2"}, "--max-reject-share = 2.0"),
+        ({"--output": "in.jsonl/c"}, "in.jsonl"),
+        ({"--output": "c.bin"}, "--output = 'c.bin'"),
+        ({"--bos": "sometimes"}, "--bos"),
+    ],
+)
+def test_bad_arguments_exit_2_with_a_line(tmp_path, tokenizer_folder, source, change, message):
+    (tmp_path / "in.xml").touch()
+    values = {"--input": "in.jsonl", "--tokenizer": tokenizer_folder, "--output": "c", "--workers": 1} | change
+    done = run(tmp_path, *[word for pair in values.items() for word in pair])
+    assert done.returncode == 2
+    assert message in done.stderr and "Traceback" not in done.stderr
+    assert not files_of(tmp_path)
+
+
+def test_bos_always_needs_a_bos(tmp_path, source):
+    from cpt_mega.data.preprocess import PreprocessOptions, preprocess
+    from cpt_mega.errors import InputError
+
+    folder = write_bpe_tokenizer(tmp_path / "t", bos=False)
+    with pytest.raises(InputError, match="--bos = 'always'"):
+        preprocess(PreprocessOptions((str(source),), str(folder), str(tmp_path / "c"), bos="always"))
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_interrupted_it_leaves_nothing(tmp_path, tokenizer_folder, number):
+    source = write_jsonl(tmp_path / "in.jsonl", [" ".join(map(str, range(5000)))] * 3000)
+    arguments = ("--input", source, "--tokenizer", tokenizer_folder, "--output", "c", "--workers", 2)
+    process = subprocess.Popen(
+        command(*arguments), cwd=tmp_path, env=ENVIRONMENT, stderr=subprocess.PIPE, start_new_session=True, text=True
+    )
+    while not files_of(tmp_path):
+        assert process.poll() is None
+        time.sleep(0.02)
+    os.killpg(process.pid, number) if number == signal.SIGINT else process.terminate()
+    _, errors = process.communicate(timeout=30)
+    assert process.returncode == 128 + number
+    assert "Traceback" not in errors
+    assert not files_of(tmp_path)
