@@ -5,14 +5,18 @@ megatron-core's checkpoint writer starts a helper process that imports this modu
 """
 
 import argparse
+import contextlib
 import os
 import sys
+import time
 import traceback
 from collections.abc import Sequence
 from pathlib import Path
 
 from cpt_mega.errors import CptMegaError, ExitCode, InputError
 from cpt_mega.loop.noise import quieten
+
+_STARTED = time.time()
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -93,15 +97,21 @@ def guarded(work, config) -> int:
 
 
 def _record(config, state: str, reason: str, code: ExitCode) -> int:
-    """Puts an end that the loop did not see into ``status.json``, keeping the step it had come to."""
-    if config is not None and _is_main():
-        from cpt_mega.loop.run_folder import RunFolder, read_status
+    """Puts an end that the loop did not see into ``status.json``, keeping the step it had come to.
+
+    Any process does it, because the main one may be stopped by torchrun before it can; the first one's reason stands,
+    since the others fail for want of it.
+    """
+    if config is not None:
+        from cpt_mega.loop.run_folder import RunFolder, ended_since, read_status
 
         folder = Path(config.run.dir)
         before = read_status(folder) or {}
-        if folder.is_dir():
+        if not ended_since(folder, _STARTED):
             keep = (before.get("step", 0), before.get("tokens", 0), before.get("run_id", ""), before.get("next_command", ""))
-            RunFolder(folder, writes=True).status(state, reason, *keep)
+            with contextlib.suppress(OSError):  # a folder that cannot be written may be the very error
+                folder.mkdir(parents=True, exist_ok=True)
+                RunFolder(folder, writes=True).status(state, reason, *keep)
     return code
 
 

@@ -34,11 +34,19 @@ if [ -z "${OMP_NUM_THREADS:-}" ]; then
   cores=$(nproc)
   export OMP_NUM_THREADS=$((cores / nproc > 0 ? cores / nproc : 1))
 fi
+# A worker that ends otherwise than with 0 has said why; torchrun's own traceback would bury it.
+run='import sys
+from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+from torch.distributed.run import main
+try:
+    main(sys.argv[1:])
+except ChildFailedError:
+    sys.exit(1)'
 before=$(stat -c %Y.%s "$run_dir/status.json" 2>/dev/null)
 # The terminal's Ctrl-C reaches torchrun and the trainer by itself; this shell only has to outlive them.
 trap : INT
 trap 'kill -TERM "$child" 2>/dev/null' TERM
-"$python" -m torch.distributed.run "${where[@]}" --nproc-per-node "$nproc" -m cpt_mega.train --config "$config" "$@" &
+"$python" -c "$run" "${where[@]}" --nproc-per-node "$nproc" -m cpt_mega.train --config "$config" "$@" &
 child=$!
 wait "$child"
 code=$?

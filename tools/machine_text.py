@@ -57,7 +57,7 @@ def _text_of(path: Path) -> Iterator[str]:
         text = path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError):  # a few files of the library are in other encodings on purpose
         return
-    if len(text) >= 500:
+    if 500 <= len(text) <= 60_000:  # blank files say nothing, and one giant would be half of a small held-out set
         yield text
 
 

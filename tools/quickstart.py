@@ -35,14 +35,14 @@ PRETRAIN = """\
 run: {{dir: {dir}/pretrain}}
 model: {{checkpoint: {dir}/work/random}}
 precision: fp32
-train: {{tokens: 700_000, seq_length: {seq}, global_batch_size: 16, micro_batch_size: 8}}
-optimizer: {{lr: 4.0e-3, weight_decay: 0.01}}
-schedule: {{kind: wsd, warmup_tokens: 40_000, decay_tokens: 250_000}}
+train: {{tokens: 1_100_000, seq_length: {seq}, global_batch_size: 8, micro_batch_size: 4}}
+optimizer: {{lr: 3.0e-3, weight_decay: 0.01}}
+schedule: {{kind: constant, warmup_tokens: 40_000}}
 data:
   sources: [{{name: replay, path: {dir}/data/replay, role: replay}}]
 eval:
   sets: [{{path: {dir}/data/general.heldout, bucket: general}}]
-logging: {{interval_steps: 20}}
+logging: {{interval_steps: 50}}
 """
 
 TRAIN = """\
@@ -59,10 +59,11 @@ parallel:
 train:
   tokens: 300_000                       # budget of this run
   seq_length: {seq}                       # tokens of a packed row; documents never see each other
-  global_batch_size: 16                 # rows a step
-  micro_batch_size: 8
+  global_batch_size: 8                  # rows a step
+  micro_batch_size: 8                   # rows a forward pass
 optimizer:
-  lr: 2.0e-3                            # a small young model; 2e-5 is the place to start with a real one
+  lr: 5.0e-4                            # for a tiny young model; 2e-5 is the place to start with a real one
+  weight_decay: 0.01
 schedule:
   kind: cosine                          # re-warm, then decay to 10 % of the peak
   warmup_tokens: 15_000
@@ -80,7 +81,7 @@ gates:
 checkpoint:
   interval_tokens: 150_000
 logging:
-  interval_steps: 10
+  interval_steps: 20
   wandb: offline                        # needs no account
 """
 
@@ -202,7 +203,7 @@ def plan(folder: Path) -> list[Step]:
         Step("model", "Train a tokenizer, make a random small Llama", [*tool["quickstart"], d, "--only", "model"], ("work/hf_random",)),
         *map(corpus, ("replay", "general.heldout")),
         convert("import-random", "Import the random model", "import_hf", "work/hf_random", "work/random"),
-        Step("pretrain", "Pretrain it on general text: the base model", [*launch, f"{d}/pretrain.yaml", "parallel.tp=1"], ("pretrain",), True),
+        Step("pretrain", "Pretrain it on general text: the base model", ["env", "NPROC=2", *launch, f"{d}/pretrain.yaml"], ("pretrain",), True),
         convert("export-base", "Export the base model", "export_hf", "pretrain", "base"),
         *map(corpus, ("domain", "domain.heldout")),
         convert("import-base", "Import the base model", "import_hf", "base", "import"),
@@ -240,7 +241,9 @@ def make_model(folder: Path) -> None:
     import torch
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
     from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+    from transformers.utils.logging import disable_progress_bar
 
+    disable_progress_bar()
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
@@ -284,7 +287,9 @@ def compare(folder: Path) -> None:
     """Log-probabilities of the trainer against transformers on the export, and a sample of both models' writing."""
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers.utils.logging import disable_progress_bar
 
+    disable_progress_bar()
     model = AutoModelForCausalLM.from_pretrained(folder / "export", dtype=torch.float32).eval()
     rows = [json.loads(line) for line in (folder / "data" / "rows.jsonl").read_text().splitlines()]
     scores = [json.loads(line) for line in (folder / "work" / "scores.jsonl").read_text().splitlines()]

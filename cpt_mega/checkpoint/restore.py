@@ -43,8 +43,14 @@ class Restore:
     notes: list[str] = field(default_factory=list)
 
 
-def plan_restore(config: Config, run_dir: Path, mesh: Mesh) -> Restore:
+def plan_restore(config: Config, run_dir: Path, lineage: dict, mesh: Mesh) -> Restore:
     """Decides what is restored from where. A collective.
+
+    Args:
+        config: with ``restore.mode`` and ``restore.accept``.
+        run_dir: whose own checkpoints come first under ``auto`` and ``full``.
+        lineage: this run's, with ``tokenizer_digest`` and ``corpora``; a full restore must find the same.
+        mesh: the processes that share the reading.
 
     Raises CheckpointError when the checkpoint is missing, damaged or not of the kind the mode needs, and InputError when
     a field differs that a full restore does not take over without ``restore.accept``.
@@ -65,7 +71,7 @@ def plan_restore(config: Config, run_dir: Path, mesh: Mesh) -> Restore:
         if mode != "full":
             return _weights(start, notes)
         own = start
-    return _full(config, own, mesh, notes)
+    return _full(config, own, lineage, mesh, notes)
 
 
 def apply_restore(restore: Restore, engine: Engine) -> None:
@@ -104,13 +110,14 @@ def _weights(folder: Path, notes: list[str]) -> Restore:
     return Restore("weights", folder, None, False, rows, notes)
 
 
-def _full(config: Config, folder: Path, mesh: Mesh, notes: list[str]) -> Restore:
+def _full(config: Config, folder: Path, lineage: dict, mesh: Mesh, notes: list[str]) -> Restore:
     state = read_state(folder)
     if not engine_state.has_optimizer(folder):
         raise CheckpointError("restore.mode", "full", f"{folder} holds no optimizer state; use restore.mode=weights")
     layout = {"tp": mesh.tp, "pp": mesh.pp, "dp": mesh.dp}
     same = state.layout == layout
     differences = list(differing_fields(state.config, config.model_dump(mode="json")))
+    _check_lineage(config, state.lineage, lineage)
     _check_accepted(config, differences)
     rows = [("weights", "restored", str(folder))]
     rows += [(item, "restored", "bit for bit") for item in ("master weights", "optimizer moments")]
@@ -120,6 +127,20 @@ def _full(config: Config, folder: Path, mesh: Mesh, notes: list[str]) -> Restore
     rows.append(("generators", "restored" if same else "fresh", generators))
     rows += [(name, "accepted" if _matches(name, _NEEDS_ACCEPTANCE) else "harmless", f"{a!r} is now {b!r}") for name, a, b in differences]
     return Restore("full", folder, state, same, rows, notes)
+
+
+def _check_lineage(config: Config, before: dict, now: dict) -> None:
+    """The tokenizer may never change within a run; a corpus may, when its source is accepted: cursors mean other rows."""
+    if before["tokenizer_digest"] != now["tokenizer_digest"]:
+        fix = f"the checkpoint was trained with tokenizer {before['tokenizer_digest'][:12]}; use that one, or a new run"
+        raise InputError("tokenizer.path", now["tokenizer_digest"][:12], fix)
+    for name, digest in now["corpora"].items():
+        if before["corpora"].get(name, digest) != digest and not _matches("data.sources", config.restore.accept):
+            fix = (
+                "the corpus is not the one the checkpoint was trained on, so its cursor means other rows; bring the old "
+                "one back, give the new one another name, or accept it with restore.accept=[data.sources]"
+            )
+            raise InputError(f"data.sources {name}", digest[:12], fix)
 
 
 def _check_accepted(config: Config, differences: list[tuple[str, Any, Any]]) -> None:

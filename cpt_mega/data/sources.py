@@ -9,6 +9,7 @@ from cpt_mega.data.indexed import IndexedCorpus
 from cpt_mega.data.manifest import load_manifest
 from cpt_mega.data.packing import RowPlan, plan_rows
 from cpt_mega.errors import InputError
+from cpt_mega.lineage import file_digest
 
 FIELD = "data.sources"
 ROLES = ("domain", "replay", "instruct")
@@ -33,6 +34,15 @@ class Source:
     plan: RowPlan
     weight: float
     vocab_size: int | None = None
+
+
+def corpus_identity(source: Source) -> str:
+    """What a source's tokens are called in lineage: the manifest's content digest, else the SHA-256 of its index.
+
+    The index fixes the documents' lengths, so a data cursor means the same row; only a manifest vouches for tokens.
+    """
+    manifest = load_manifest(source.corpus.prefix)
+    return manifest.content_digest if manifest else file_digest(f"{source.corpus.prefix}.idx")
 
 
 def default_weights(roles: Sequence[str], weights: Sequence[float | None]) -> list[float]:

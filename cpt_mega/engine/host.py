@@ -127,6 +127,10 @@ def _on_host(make: Callable) -> Callable:
 
 
 def _stand_in_for_tensors() -> None:
+    # torch.device as a context knows the factories by a table made at its first use, which must hold the real ones:
+    # otherwise "with torch.device('meta')" makes real tensors from here on, and transformers loads garbage in silence.
+    with torch.device("cpu"):
+        torch.empty(0)
     for name in _FACTORIES:
         setattr(torch, name, _on_host(getattr(torch, name)))
     plain_type = torch.Tensor.type

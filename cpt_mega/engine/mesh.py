@@ -14,6 +14,8 @@ from cpt_mega.config.schema import ParallelOptions
 from cpt_mega.engine.host import CPU, has_gpu
 from cpt_mega.errors import InputError
 
+_started_distributed = False
+
 
 @dataclass(frozen=True)
 class Mesh:
@@ -115,13 +117,17 @@ def start_mesh(parallel: ParallelOptions, seed: int, timeout_s: float = 600.0) -
 
 
 def stop_mesh() -> None:
-    """Takes the groups down, and torch.distributed with them."""
+    """Takes core's groups down, and torch.distributed if ``start_mesh`` started it."""
+    global _started_distributed
     parallel_state.destroy_model_parallel()
-    if dist.is_initialized():
+    if _started_distributed:
         dist.destroy_process_group()
+        _started_distributed = False
 
 
 def _start_distributed(world: int, timeout: timedelta) -> None:
+    global _started_distributed
+    _started_distributed = True
     if has_gpu():
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
     backend = "nccl" if has_gpu() else "gloo"

@@ -63,7 +63,7 @@ class ModelShape:
         import torch
 
         if self.rope.type == "default":
-            steps = torch.arange(0, self.head_dim, 2, dtype=torch.int64).float() / self.head_dim
+            steps = torch.arange(0, self.head_dim, 2, dtype=torch.int64, device="cpu").float() / self.head_dim
             return 1.0 / (self.rope.theta**steps)
         from transformers import LlamaConfig
         from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS

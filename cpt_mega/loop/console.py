@@ -6,6 +6,8 @@ from collections.abc import Sequence
 from rich.console import Console
 from rich.table import Table
 
+from cpt_mega.data.sources import Source, normalised_weights
+
 _COLOURS = {"restored": "green", "fresh": "cyan", "accepted": "yellow", "harmless": "dim"}
 
 
@@ -57,13 +59,15 @@ def contract_table(title: str, rows: Sequence[tuple[str, str, str]]) -> Table:
     return table
 
 
-def sources_table(rows: Sequence[tuple[str, str, float, int, int, float, int]]) -> Table:
-    """The mixture: name, role, share of tokens, documents, rows, fill, split documents."""
+def sources_table(sources: Sequence[Source]) -> Table:
+    """The mixture, and how its documents fill rows."""
     table = Table(title="data", title_justify="left", box=None, pad_edge=False, header_style="bold")
     table.add_column("source")
     table.add_column("role")
     for name in ("share", "documents", "rows", "fill", "split"):
         table.add_column(name, justify="right")
-    for name, role, share, documents, rows, fill, split in rows:
-        table.add_row(name, role, f"{share:.1%}", f"{documents:,}", f"{rows:,}", f"{fill:.2%}", f"{split:,}")
+    for source, share in zip(sources, normalised_weights(sources), strict=True):
+        plan = source.plan
+        counts = (f"{source.corpus.documents:,}", f"{plan.rows:,}", f"{plan.fill:.2%}", f"{plan.split_documents:,}")
+        table.add_row(source.name, source.role, f"{share:.1%}", *counts)
     return table

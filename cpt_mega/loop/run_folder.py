@@ -104,6 +104,14 @@ def read_status(run_dir: str | Path) -> dict | None:
     return None
 
 
+def ended_since(run_dir: str | Path, moment: float) -> bool:
+    """Whether some process has recorded an end of the run after ``moment`` (seconds since the epoch)."""
+    status = read_status(run_dir)
+    if status is None or status.get("state") == "running":
+        return False
+    return (Path(run_dir) / STATUS).stat().st_mtime >= moment
+
+
 def drop_lines_after(path: Path, step: int) -> None:
     """Keeps the lines of steps up to ``step``; a line cut by a crash goes too."""
     if not path.is_file():

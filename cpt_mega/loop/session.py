@@ -12,7 +12,7 @@ import torch
 from cpt_mega.checkpoint.restore import Restore, apply_restore, plan_restore
 from cpt_mega.checkpoint.store import TrainerState
 from cpt_mega.config import Config
-from cpt_mega.data.sources import Source, normalised_weights, open_sources
+from cpt_mega.data.sources import Source, corpus_identity, open_sources
 from cpt_mega.data.stream import MixedStream, StreamState
 from cpt_mega.engine.mesh import Mesh, start_mesh, stop_mesh, world_size
 from cpt_mega.engine.platform import check_layout
@@ -53,8 +53,9 @@ def _run(
     config: Config, info: ModelInfo, mesh: Mesh, request: StopRequest, command: list[str], clock: "_StartUp"
 ) -> tuple[str, str]:
     run_dir, console = Path(config.run.dir), make_console()
-    restore = plan_restore(config, run_dir, mesh)
     sources, digest = open_data(config, info)
+    lineage = _lineage(info, sources, digest, mesh)
+    restore = plan_restore(config, run_dir, lineage, mesh)
     sets = open_eval_sets(config, digest, info.shape.vocab_size)
     clock.mark("data")
     engine = Engine(config, info.shape, mesh)
@@ -62,7 +63,7 @@ def _run(
     apply_restore(restore, engine)
     clock.mark("restore")
 
-    state = _trainer_state(config, info, restore, mesh, digest)
+    state = _trainer_state(config, restore, lineage, mesh)
     folder = RunFolder(run_dir, mesh.is_main)
     ranks = mesh.gather({"rank": mesh.rank, "host": socket.gethostname(), "pid": os.getpid()})
     folder.open(config, ranks, state.step)
@@ -72,7 +73,8 @@ def _run(
     clock.mark("loggers")
     if mesh.is_main:
         _introduce(console, config, info, restore, sources, mesh, clock)
-        folder.decide({"kind": "restore", "step": state.step, "tokens": state.tokens, "mode": restore.mode, "from": str(restore.folder), "rows": restore.rows})
+        place = {"step": state.step, "tokens": state.tokens, "mode": restore.mode, "from": str(restore.folder)}
+        folder.decide({"kind": "restore", **place, "rows": restore.rows})
     stream = _stream(config, sources, state) if sources else None
     trainer = Trainer(config, engine, stream, state)
     trainer.callbacks = _callbacks(config, sets, folder, reporters, console, restore, request, status)
@@ -126,18 +128,23 @@ def _callbacks(config, sets, folder, reporters, console, restore, request, statu
     ]
 
 
-def _trainer_state(config: Config, info: ModelInfo, restore: Restore, mesh: Mesh, digest: str) -> TrainerState:
-    old = restore.state
-    state = old or TrainerState(run_id=mesh.share(new_run_id()), parent=str(restore.folder))
-    state.layout = {"tp": mesh.tp, "pp": mesh.pp, "dp": mesh.dp}
-    state.config = config.model_dump(mode="json")
-    state.lineage = {
+def _lineage(info: ModelInfo, sources: list[Source], digest: str, mesh: Mesh) -> dict:
+    """What checkpoints of this run are bound to, besides its configuration."""
+    return {
         "base_digest": info.base_digest,
         "tokenizer_digest": digest,
-        "restore": restore.mode,
+        "corpora": {source.name: corpus_identity(source) for source in sources},
         "code": mesh.share(code_version() if mesh.is_main else None),
         "libraries": library_versions(),
     }
+
+
+def _trainer_state(config: Config, restore: Restore, lineage: dict, mesh: Mesh) -> TrainerState:
+    """The restored state under today's layout, configuration and lineage, or that of a new run."""
+    state = restore.state or TrainerState(run_id=mesh.share(new_run_id()), parent=str(restore.folder))
+    state.layout = {"tp": mesh.tp, "pp": mesh.pp, "dp": mesh.dp}
+    state.config = config.model_dump(mode="json")
+    state.lineage = {**lineage, "restore": restore.mode}
     return state
 
 
@@ -149,13 +156,7 @@ def _introduce(console, config, info, restore, sources, mesh, clock) -> None:
     for note in restore.notes:
         console.print(f" {note}", style="yellow")
     if sources:
-        plans = [(s, s.plan) for s in sources]
-        shares = normalised_weights(sources)
-        rows = [
-            (s.name, s.role, share, s.corpus.documents, p.rows, p.fill, p.split_documents)
-            for (s, p), share in zip(plans, shares, strict=True)
-        ]
-        console.print(sources_table(rows))
+        console.print(sources_table(sources))
     console.print(f" start-up: {clock}", style="dim")
 
 
