@@ -58,7 +58,12 @@ done
 # status.json holds the trainer's own code, if this run wrote it.
 after=$(stat -c %Y.%s "$run_dir/status.json" 2>/dev/null)
 if [ -n "$after" ] && [ "$before" != "$after" ]; then
-  own=$("$python" -c 'import json, sys; print(json.load(open(sys.argv[1]))["exit_code"] or "")' "$run_dir/status.json" 2>/dev/null)
-  [ -n "$own" ] && exit "$own"
+  "$python" - "$run_dir/status.json" <<'PY'
+import json, sys
+status = json.load(open(sys.argv[1]))
+print(f"{status['state']}: {status['reason']}", file=sys.stderr)
+sys.exit(status["exit_code"] or 70)  # still "running": the trainer was killed before it could say anything
+PY
+  exit $?
 fi
 exit 70

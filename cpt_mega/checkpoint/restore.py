@@ -27,6 +27,9 @@ _NEEDS_ACCEPTANCE = (
     "schedule.kind schedule.warmup_tokens schedule.decay_tokens eval.sets eval.max_tokens"
 ).split()
 
+# The two optimizers keep different tensors, so one cannot read what the other wrote.
+_NEVER = ("train.distributed_optimizer",)
+
 
 @dataclass(frozen=True)
 class Restore:
@@ -125,7 +128,9 @@ def _full(config: Config, folder: Path, lineage: dict, mesh: Mesh, notes: list[s
     rows += [(item, "restored", "") for item in ("learning-rate schedule", "data cursors", "gate baseline")]
     generators = "" if same else f"saved at {state.layout}, now {layout}"
     rows.append(("generators", "restored" if same else "fresh", generators))
-    rows += [(name, "accepted" if _matches(name, _NEEDS_ACCEPTANCE) else "harmless", f"{a!r} is now {b!r}") for name, a, b in differences]
+    for name, before, after in differences:
+        what = "accepted" if _matches(name, _NEEDS_ACCEPTANCE) else "harmless"
+        rows.append((name, what, f"{before!r} is now {after!r}"))
     return Restore("full", folder, state, same, rows, notes)
 
 
@@ -145,6 +150,9 @@ def _check_lineage(config: Config, before: dict, now: dict) -> None:
 
 def _check_accepted(config: Config, differences: list[tuple[str, Any, Any]]) -> None:
     for name, before, after in differences:
+        if name in _NEVER:
+            fix = f"the checkpoint was trained with {before!r} and can only go on so; restore it, or start a new run"
+            raise InputError(name, after, fix)
         if _matches(name, _NEEDS_ACCEPTANCE) and not _matches(name, config.restore.accept):
             fix = (
                 f"the checkpoint was trained with {before!r}; restore that value, accept the change with "

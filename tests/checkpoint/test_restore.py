@@ -1,0 +1,124 @@
+"""What a restore takes over, what it starts afresh, and what it refuses by name."""
+
+import json
+
+import numpy as np
+import pytest
+
+from cpt_mega.lineage import seal_folder
+from tests.helpers.jobsite import checkpoint_tensors, metrics, random_documents, write_documents
+from tests.helpers.workers import JobFailed
+
+
+@pytest.fixture(scope="module")
+def stopped(workers, jobsite, tmp_path_factory):
+    """A run that was stopped after its first step."""
+    run = tmp_path_factory.mktemp("stopped") / "run"
+    run.mkdir()
+    (run / "STOP").touch()
+    _train(workers, jobsite, run)
+    return run
+
+
+def _train(workers, jobsite, run, *overrides):
+    return workers(1).run("train", config=jobsite.config, overrides=[f"run.dir={run}", *overrides])[0]
+
+
+def _refused(workers, jobsite, run, *overrides) -> str:
+    with pytest.raises(JobFailed) as refusal:
+        _train(workers, jobsite, run, *overrides)
+    assert refusal.value.kind in ("InputError", "CheckpointError")
+    return str(refusal.value).splitlines()[0]
+
+
+def test_weights_start_a_new_run_on_old_weights(workers, jobsite, stopped, tmp_path):
+    words = [f"model.checkpoint={stopped}", "restore.mode=weights"]
+    assert _train(workers, jobsite, tmp_path / "new", *words)[0] == "finished"
+    first = metrics(tmp_path / "new", "train")[0]
+    assert first["step"] == 1 and first["lr"] == metrics(stopped, "train")[0]["lr"]
+    states = [
+        json.loads((next((run / "checkpoints").glob("iter_*")) / "trainer_state.json").read_text())
+        for run in (stopped, tmp_path / "new")
+    ]
+    assert states[0]["run_id"] != states[1]["run_id"]
+    assert states[1]["parent"] == str(stopped / "checkpoints" / "iter_0000001")
+    baseline = metrics(tmp_path / "new", "eval")[0]["value"]
+    assert baseline != metrics(stopped, "eval")[0]["value"]  # taken on the restored model
+
+
+def test_a_step_at_rate_zero_changes_no_weight(workers, jobsite, tmp_path):
+    """A stale fp32 master copy would show here: after a weights-only restore it must follow the weights."""
+    for precision in ("fp32", "bf16"):
+        words = [f"precision={precision}", "optimizer.lr=1e-30", "optimizer.weight_decay=0", "train.tokens=200", "schedule.warmup_tokens=0"]
+        _train(workers, jobsite, tmp_path / precision, *words)
+        before = checkpoint_tensors(jobsite.checkpoint)
+        after = checkpoint_tensors(tmp_path / precision / "checkpoints" / "iter_0000001")
+        for name, tensor in before.items():
+            assert np.array_equal(tensor.to(after[name].dtype).float().numpy(), after[name].float().numpy()), name
+
+
+def test_weights_do_not_go_into_a_run_that_has_checkpoints(workers, jobsite, stopped):
+    assert "restore.mode=auto" in _refused(workers, jobsite, stopped, "restore.mode=weights")
+
+
+def test_full_needs_optimizer_state(workers, jobsite, tmp_path):
+    assert "weights only" in _refused(workers, jobsite, tmp_path / "run", "restore.mode=full")
+
+
+@pytest.mark.parametrize(
+    "change",
+    ["optimizer.lr=2e-2", "train.tokens=2000", "train.seed=7", "schedule.kind=constant", "data.packing=concat"],
+)
+def test_another_experiment_is_refused_unless_accepted(workers, jobsite, stopped, tmp_path, change):
+    field = change.partition("=")[0]
+    words = [f"model.checkpoint={stopped}", "restore.mode=full", change]
+    refusal = _refused(workers, jobsite, tmp_path / "run", *words)
+    assert refusal.startswith(f"train: {field} = ") and f"restore.accept=[{field}]" in refusal
+    assert _train(workers, jobsite, tmp_path / "run", *words, f"restore.accept=[{field}]")[0] == "finished"
+    assert metrics(tmp_path / "run", "train")[0]["step"] == 2
+
+
+def test_the_other_optimizer_cannot_go_on(workers, jobsite, stopped, tmp_path):
+    words = [f"model.checkpoint={stopped}", "restore.mode=full", "train.distributed_optimizer=false"]
+    assert "train.distributed_optimizer" in _refused(workers, jobsite, tmp_path / "run", *words)
+
+
+def test_harmless_differences_are_listed_and_taken(workers, jobsite, stopped, tmp_path):
+    words = [f"model.checkpoint={stopped}", "restore.mode=full", "logging.interval_steps=2", "train.micro_batch_size=1"]
+    assert _train(workers, jobsite, tmp_path / "run", *words)[0] == "finished"
+    ledger = [json.loads(line) for line in (tmp_path / "run" / "ledger.jsonl").read_text().splitlines()]
+    rows = {item: what for item, what, _ in ledger[0]["rows"]}
+    assert rows["logging.interval_steps"] == rows["train.micro_batch_size"] == "harmless"
+    assert rows["optimizer moments"] == rows["data cursors"] == rows["generators"] == "restored"
+
+
+def test_another_corpus_under_the_same_name_is_refused(workers, jobsite, stopped, tmp_path):
+    write_documents(tmp_path / "domain", random_documents(9, 60, jobsite.vocab_size, upper=True))
+    sources = (
+        f"data.sources=[{{name: domain, path: {tmp_path}/domain, role: domain}},"
+        f" {{name: replay, path: {jobsite.folder}/replay, role: replay}}]"
+    )
+    words = [f"model.checkpoint={stopped}", "restore.mode=full", sources]
+    assert "corpus is not the one" in _refused(workers, jobsite, tmp_path / "run", *words)
+    accepted = [*words, "restore.accept=[data.sources]"]
+    assert _train(workers, jobsite, tmp_path / "run", *accepted)[0] == "finished"
+
+
+def test_a_checkpoint_of_another_shape_is_refused_by_tensor(workers, jobsite, tmp_path):
+    """model.json that promises another model than the tensors hold, sealed all the same."""
+    import shutil
+
+    lying = tmp_path / "lying"
+    shutil.copytree(jobsite.checkpoint, lying)
+    model = json.loads((lying / "model.json").read_text())
+    for change, tensor in (({"vocab_size": 500}, "embedding.word_embeddings.weight"), ({"layers": 6}, "decoder.layers")):
+        (lying / "COMPLETE").unlink()
+        (lying / "model.json").write_text(json.dumps({**model, "shape": {**model["shape"], **change}}))
+        seal_folder(lying)
+        refusal = _refused(workers, jobsite, tmp_path / "run", f"model.checkpoint={lying}")
+        assert tensor in refusal and "shape" in refusal
+
+
+def test_missing_and_damaged_starts_are_refused(workers, jobsite, tmp_path):
+    assert "no such folder" in _refused(workers, jobsite, tmp_path / "run", f"model.checkpoint={tmp_path}/none")
+    assert "import it first" in _refused(workers, jobsite, tmp_path / "run", f"model.checkpoint={jobsite.hf}")

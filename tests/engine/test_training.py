@@ -1,0 +1,188 @@
+"""One step and a few: losses, gradients and updates against transformers, and the same numbers under every layout."""
+
+import numpy as np
+import pytest
+import torch
+
+from cpt_mega.hf.convert import import_hf
+from tests.helpers.jobsite import SEQ_LENGTH, checkpoint_tensors, metrics, write_documents
+from tests.helpers.models import tiny_llama, tiny_qwen2
+
+# (processes, overrides). micro-batches differ on purpose: rows hold unequal numbers of real targets.
+LAYOUTS = {
+    "one": (1, []),
+    "one_accumulating": (1, ["train.micro_batch_size=1"]),
+    "tp2": (2, ["parallel.tp=2"]),
+    "tp2_sp": (2, ["parallel.tp=2", "parallel.sp=true"]),
+    "pp2": (2, ["parallel.pp=2", "train.micro_batch_size=1"]),
+    "dp2": (2, ["train.micro_batch_size=1"]),
+    "dp2_replicated_optimizer": (2, ["train.distributed_optimizer=false"]),
+    "tp2_sp_pp2": (4, ["parallel.tp=2", "parallel.sp=true", "parallel.pp=2", "train.micro_batch_size=1"]),
+    "tp2_dp2": (4, ["parallel.tp=2", "train.micro_batch_size=1"]),
+}
+STEPS = 3
+
+
+class Site:
+    """A model and a corpus that is one global batch; runs are trained once and kept for every test that asks."""
+
+    def __init__(self, folder, build, tied: bool, workers):
+        self.folder, self.workers, self.documents = folder, workers, _one_batch_of_documents()
+        build(folder / "hf", num_hidden_layers=4, tie_word_embeddings=tied)
+        import_hf(folder / "hf", folder / "import")
+        write_documents(folder / "corpus", self.documents)
+        tokens = sum(map(len, self.documents))
+        (folder / "train.yaml").write_text(
+            f"run: {{dir: {folder}/run}}\nmodel: {{checkpoint: {folder}/import}}\nprecision: fp32\n"
+            f"train: {{tokens: {STEPS * tokens}, seq_length: {SEQ_LENGTH}, global_batch_size: 8, micro_batch_size: 2}}\n"
+            "optimizer: {lr: 1.0e-3, clip_norm: 1.0}\nschedule: {kind: constant, warmup_tokens: 0}\n"
+            f"data: {{sources: [{{name: all, path: {folder}/corpus, role: domain}}]}}\n"
+            f"checkpoint: {{interval_tokens: {tokens}}}\nlogging: {{tensorboard: false}}\n"
+        )
+        self._runs = {}
+
+    @property
+    def config(self) -> str:
+        return str(self.folder / "train.yaml")
+
+    def run(self, layout: str, *more: str):
+        """The run folder of ``STEPS`` steps under a layout, with a checkpoint after each."""
+        key = (layout, *more)
+        if key not in self._runs:
+            world, overrides = LAYOUTS[layout]
+            run = self.folder / f"run{len(self._runs)}"
+            outcomes = self.workers(world).run(
+                "train", config=self.config, overrides=[f"run.dir={run}", *overrides, *more]
+            )
+            assert [state for state, _ in outcomes] == ["finished"] * world
+            self._runs[key] = run
+        return self._runs[key]
+
+    def steps(self, layout: str, *more: str) -> list[dict]:
+        return metrics(self.run(layout, *more), "train")
+
+    def tensors(self, layout: str, step: int, *more: str) -> dict:
+        return checkpoint_tensors(self.run(layout, *more) / "checkpoints" / f"iter_{step:07d}")
+
+
+@pytest.fixture(scope="module")
+def llama(tmp_path_factory, workers):
+    return Site(tmp_path_factory.mktemp("llama"), tiny_llama, False, workers)
+
+
+@pytest.fixture(scope="module")
+def qwen2_tied(tmp_path_factory, workers):
+    return Site(tmp_path_factory.mktemp("qwen2_tied"), tiny_qwen2, True, workers)
+
+
+def _enumerated():
+    for model in ("llama", "qwen2_tied"):
+        for layout, (world, _) in LAYOUTS.items():
+            yield pytest.param(model, layout, marks=pytest.mark.full if world == 4 and model != "llama" else ())
+
+
+every_layout = pytest.mark.parametrize(("model", "layout"), list(_enumerated()))
+
+
+def _one_batch_of_documents() -> list[list[int]]:
+    """Documents that fill exactly eight rows, some with padding, some with one document and some with many."""
+    lengths = [32, 31, 30, 2, 20, 12, 9, 9, 9, 25, 3, 3, 28, 5, 5, 5, 5, 17]
+    draw = np.random.default_rng(3)
+    return [[*draw.integers(1, 301, length - 1).tolist(), 0] for length in lengths]
+
+
+def _reference(folder, documents) -> tuple[float, float]:
+    """Loss and gradient norm by transformers and autograd alone: the mean over all targets of all documents."""
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(folder / "hf", dtype=torch.float32)
+    total, targets = 0.0, 0
+    for document in documents:
+        ids = torch.tensor([document])
+        logits = model(ids).logits[0, :-1]
+        total = total + torch.nn.functional.cross_entropy(logits, ids[0, 1:], reduction="sum")
+        targets += len(document) - 1
+    (total / targets).backward()
+    norm = torch.stack([p.grad.norm() for p in model.parameters()]).norm()
+    return (total / targets).item(), norm.item()
+
+
+@every_layout
+def test_loss_and_gradient_are_the_mean_over_real_targets(request, model, layout):
+    site = request.getfixturevalue(model)
+    loss, norm = _reference(site.folder, site.documents)
+    first = site.steps(layout)[0]
+    assert first["loss"] == pytest.approx(loss, rel=1e-6)
+    assert first["grad_norm"] == pytest.approx(norm, rel=1e-5)
+
+
+@every_layout
+def test_every_gradient_is_that_of_one_process(request, model, layout):
+    """Adam's first moment after the first step is a tenth of the clipped gradient, tensor by tensor."""
+    site = request.getfixturevalue(model)
+    one, other = site.tensors("one", 1), site.tensors(layout, 1)
+    moments = {name for name in one if ".exp_avg." in name}
+    assert moments == {name for name in other if ".exp_avg." in name} and len(moments) >= 8
+    for name in moments:
+        assert (one[name] - other[name]).norm() <= 2e-5 * one[name].norm(), name
+
+
+@every_layout
+def test_steps_are_those_of_one_process(request, model, layout):
+    site = request.getfixturevalue(model)
+    one, run = site.steps("one"), site.steps(layout)
+    assert [line["tokens"] for line in run] == [line["tokens"] for line in one]
+    assert [line["loss"] for line in run] == pytest.approx([line["loss"] for line in one], rel=1e-5)
+    assert [line["grad_norm"] for line in run] == pytest.approx([line["grad_norm"] for line in one], rel=1e-3)
+
+
+def test_pipelines_compute_the_very_bits_of_one_process(llama):
+    assert [x["loss"] for x in llama.steps("pp2")] == [x["loss"] for x in llama.steps("one_accumulating")]
+
+
+@pytest.mark.parametrize("layout", ["one", "tp2_sp", "pp2", "dp2"])
+def test_bf16_trains_near_fp32_with_fp32_master_weights(llama, layout):
+    exact, rough = llama.steps("one"), llama.steps(layout, "precision=bf16")
+    assert [x["loss"] for x in rough] == pytest.approx([x["loss"] for x in exact], rel=2e-2)
+    tensors = llama.tensors(layout, STEPS, "precision=bf16")
+    weights = tensors["decoder.layers.mlp.linear_fc2.weight"]
+    master = tensors["optimizer.state.param.decoder.layers.mlp.linear_fc2.weight"]
+    assert (weights.dtype, master.dtype) == (torch.bfloat16, torch.float32)
+    assert torch.equal(master.bfloat16().flatten(), weights.flatten())
+    assert not torch.equal(master.bfloat16().float(), master)
+
+
+@pytest.mark.parametrize("recompute", ["selective", "full"])
+def test_recomputing_activations_changes_no_bit(llama, recompute):
+    plain, again = llama.steps("tp2_sp"), llama.steps("tp2_sp", f"train.recompute={recompute}")
+    assert [(x["loss"], x["grad_norm"]) for x in again] == [(x["loss"], x["grad_norm"]) for x in plain]
+
+
+@pytest.mark.parametrize("model", ["llama", "qwen2_tied"])
+def test_padding_rows_of_the_vocabulary_stay_zero(request, model):
+    tensors = request.getfixturevalue(model).tensors("tp2_sp", STEPS)
+    names = [name for name in ("embedding.word_embeddings.weight", "output_layer.weight") if name in tensors]
+    assert len(names) == (2 if model == "llama" else 1)
+    for name in names:
+        assert tensors[name].shape[0] == 384
+        assert tensors[name][:301].abs().max(dim=1).values.min() > 0
+        assert not tensors[name][301:].any()
+
+
+@pytest.mark.parametrize("layout", ["one", "tp2_sp", "pp2"])
+def test_norms_and_biases_do_not_decay(qwen2_tied, workers, layout):
+    world, overrides = LAYOUTS[layout]
+    held = workers(world).run("decay_groups", config=qwen2_tied.config, overrides=overrides)
+    kinds = {(dimensions, multiplier) for rank in held for _, dimensions, multiplier in rank}
+    assert kinds == {(1, 0.0), (2, 1.0)}
+    spared = {name.rsplit(".", 2)[-2:][0] for rank in held for name, _, multiplier in rank if multiplier == 0.0}
+    assert {"linear_qkv", "final_layernorm"} <= spared  # the family's biases among them
+
+
+def test_clipping_scales_the_gradient_to_the_norm(llama):
+    norm = llama.steps("one", "optimizer.clip_norm=0.01")[0]["grad_norm"]
+    free = llama.tensors("one", 1, "optimizer.clip_norm=0")
+    clipped = llama.tensors("one", 1, "optimizer.clip_norm=0.01")
+    assert norm > 0.1  # the norm is that before clipping
+    for name in (name for name in free if ".exp_avg." in name):
+        assert torch.allclose(clipped[name] * (norm / 0.01), free[name], rtol=1e-3, atol=1e-9), name

@@ -1,0 +1,73 @@
+"""The first gate inside real runs: held-out perplexity against transformers, and a stop with its own state."""
+
+import json
+import math
+
+import pytest
+import torch
+
+from cpt_mega.data.indexed import IndexedCorpus
+from tests.helpers.jobsite import metrics, status
+
+LAYOUTS = {"one": (1, []), "tp2_sp": (2, ["parallel.tp=2", "parallel.sp=true"]), "pp2": (2, ["parallel.pp=2"]), "dp2": (2, [])}
+
+
+def _run(workers, jobsite, run, world, *overrides):
+    return workers(world).run("train", config=jobsite.config, overrides=[f"run.dir={run}", *overrides])[0]
+
+
+def _reference(jobsite, prefix, max_tokens: int, seq_length: int) -> tuple[float, int]:
+    """Perplexity by transformers: documents in order, cut where a row of concatenated documents ends."""
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(jobsite.hf, dtype=torch.float32).eval()
+    corpus = IndexedCorpus(str(prefix))
+    nll, targets, used = 0.0, 0, 0
+    for document, length in enumerate(corpus.document_lengths.tolist()):
+        ids, start = corpus.read(document, 0, length), 0
+        length = min(length, max_tokens - used)
+        while start < length:
+            piece = min(length - start, seq_length - used % seq_length)
+            context = torch.from_numpy(ids[start : start + piece])
+            following = torch.from_numpy(ids[start + 1 : start + piece + 1])
+            with torch.no_grad():
+                logprobs = model(context[None]).logits[0].float().log_softmax(-1)
+            nll -= logprobs[: len(following)].gather(1, following[:, None]).sum().item()
+            targets, used, start = targets + len(following), used + piece, start + piece
+        if used >= max_tokens:
+            break
+    return math.exp(nll / targets), targets
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_step_zero_perplexity_is_transformers(workers, jobsite, tmp_path, layout):
+    world, overrides = LAYOUTS[layout]
+    assert _run(workers, jobsite, tmp_path / "run", world, "train.tokens=0", "schedule.warmup_tokens=0", *overrides)[0] == "finished"
+    readings = {line["bucket"]: line for line in metrics(tmp_path / "run", "eval")}
+    for bucket in ("domain", "general"):
+        value, targets = _reference(jobsite, jobsite.folder / f"{bucket}.heldout", 320, 32)
+        assert readings[bucket]["n"] == targets
+        assert readings[bucket]["value"] == pytest.approx(value, rel=1e-5)
+        assert readings[bucket]["step"] == 0
+
+
+@pytest.mark.parametrize("layout", ["one", "tp2_sp"])
+def test_a_general_perplexity_above_its_limit_stops_the_run(workers, jobsite, tmp_path, layout):
+    world, overrides = LAYOUTS[layout]
+    only_domain = f"data.sources=[{{name: domain, path: {jobsite.folder}/domain, role: domain}}]"
+    words = [only_domain, "optimizer.lr=1.0", "eval.interval_tokens=500", "gates.general_perplexity_limit=0.15", *overrides]
+    state, reason = _run(workers, jobsite, tmp_path / "run", world, "train.tokens=5000", *words)
+    assert state == "gate_stop" and "general perplexity" in reason
+    ended = status(tmp_path / "run")
+    assert (ended["state"], ended["exit_code"], ended["reason"]) == ("gate_stop", 80, reason)
+    assert 500 <= ended["tokens"] < 5000
+    verdicts = [json.loads(line) for line in (tmp_path / "run" / "ledger.jsonl").read_text().splitlines()]
+    assert verdicts[-1]["action"] == "stop" and verdicts[-1]["numbers"]["rise"] > 0.15
+    assert (tmp_path / "run" / "checkpoints" / f"iter_{ended['step']:07d}" / "COMPLETE").is_file()
+
+
+def test_the_same_run_within_its_limit_goes_on(workers, jobsite, tmp_path):
+    state, _ = _run(workers, jobsite, tmp_path / "run", 1, "optimizer.lr=1e-6", "gates.general_perplexity_limit=0.15")
+    assert state == "finished"
+    ledger = [json.loads(line) for line in (tmp_path / "run" / "ledger.jsonl").read_text().splitlines()]
+    assert [line["action"] for line in ledger if line["kind"] == "verdict"] == ["continue"]

@@ -1,0 +1,122 @@
+"""Groups of processes over gloo that live as long as the test session: imports and start-up are paid once a world size.
+
+A job is a function of ``tests.helpers.jobs`` with JSON arguments; every rank runs it, and ``Workers.run`` returns what each
+returned, or raises what any of them raised. A group that fails or hangs is killed, whole, and started again.
+"""
+
+import importlib
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import traceback
+from datetime import timedelta
+from pathlib import Path
+from threading import Timer
+
+ROOT = Path(__file__).resolve().parent.parent.parent
+
+
+class JobFailed(AssertionError):
+    """A rank raised; the message is its traceback. ``kind`` is the name of the exception's class."""
+
+    def __init__(self, kind: str, message: str):
+        self.kind = kind
+        super().__init__(message)
+
+
+class Workers:
+    """``world`` processes; started at the first job."""
+
+    def __init__(self, world: int, log_folder: Path):
+        self.world, self.log_folder = world, log_folder
+        self._processes: list[subprocess.Popen] = []
+
+    def run(self, job: str, timeout_s: float = 120.0, **arguments) -> list:
+        """Runs ``tests.helpers.jobs.<job>(**arguments)`` on every rank; returns the results in rank order."""
+        if not self._processes:
+            self._start()
+        line = json.dumps({"job": job, "arguments": arguments}) + "\n"
+        timer = Timer(timeout_s, self._kill)
+        timer.start()
+        try:
+            for process in self._processes:
+                process.stdin.write(line)
+                process.stdin.flush()
+            answers = [process.stdout.readline() for process in self._processes]
+        finally:
+            timer.cancel()
+        return self._results(job, answers)
+
+    def stop(self) -> None:
+        """Ends the group."""
+        self._kill()
+
+    def _results(self, job: str, answers: list[str]) -> list:
+        replies = [json.loads(answer) if answer else None for answer in answers]
+        failed = [reply for reply in replies if reply is not None and "error" in reply]
+        if len(failed) < len(replies) and (failed or None in replies):
+            self._kill()  # some ranks failed and others did not: they may wait for each other
+        if failed:
+            raise JobFailed(failed[0]["kind"], f"{job}: {failed[0]['error']}")
+        if None in replies:
+            raise JobFailed("Timeout", f"{job}: a process ended or took too long; see {self.log_folder}")
+        return [reply["result"] for reply in replies]
+
+    def _start(self) -> None:
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            port = probe.getsockname()[1]
+        for rank in range(self.world):
+            place = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": self.world, "MASTER_PORT": port, "OMP_NUM_THREADS": 1}
+            environment = {**os.environ, "MASTER_ADDR": "127.0.0.1", **{k: str(v) for k, v in place.items()}}
+            log = open(self.log_folder / f"world{self.world}_rank{rank}.log", "a")  # noqa: SIM115 (the process keeps it)
+            self._processes.append(
+                subprocess.Popen(
+                    [sys.executable, "-m", "tests.helpers.workers"],
+                    cwd=ROOT,
+                    env=environment,
+                    stdin=subprocess.PIPE,
+                    stdout=subprocess.PIPE,
+                    stderr=log,
+                    text=True,
+                    start_new_session=True,
+                )
+            )
+
+    def _kill(self) -> None:
+        processes, self._processes = self._processes, []
+        for process in processes:  # the whole session: a checkpoint writer's helpers outlive it otherwise
+            try:
+                os.killpg(process.pid, signal.SIGKILL)
+            except ProcessLookupError:
+                continue
+        for process in processes:
+            process.wait()
+            process.stdin.close()
+
+
+def _serve() -> None:
+    """One rank: reads jobs from standard input, answers on the original standard output; prints go to the log."""
+    answers = os.fdopen(os.dup(1), "w", buffering=1)
+    os.dup2(2, 1)
+    import cpt_mega.engine  # noqa: F401 (the host comes before anything of torch is used)
+
+    import torch.distributed as dist
+
+    dist.init_process_group("gloo", timeout=timedelta(seconds=90))
+    jobs = importlib.import_module("tests.helpers.jobs")
+    for line in sys.stdin:
+        request = json.loads(line)
+        try:
+            answer = {"result": getattr(jobs, request["job"])(**request["arguments"])}
+        except Exception as error:
+            traceback.print_exc()
+            answer = {"kind": type(error).__name__, "error": f"{error}\n{traceback.format_exc()}"}
+        answers.write(json.dumps(answer) + "\n")
+
+
+if __name__ == "__main__":
+    _serve()

@@ -1,0 +1,117 @@
+"""Train through; or stop, resume, stop, resume: every loss, weight, moment, cursor and generator is the same, bit for bit."""
+
+import json
+
+import pytest
+import torch
+
+from tests.helpers.jobsite import checkpoint_tensors, metrics, status
+
+LAYOUTS = {
+    "one": (1, []),
+    "one_dropout": (1, ["train.dropout=0.1"]),
+    "tp2_sp": (2, ["parallel.tp=2", "parallel.sp=true"]),
+    "tp2_sp_dropout": (2, ["parallel.tp=2", "parallel.sp=true", "train.dropout=0.1"]),
+    "pp2": (2, ["parallel.pp=2"]),
+    "dp2": (2, []),
+    "dp2_replicated_optimizer": (2, ["train.distributed_optimizer=false"]),
+    "one_bf16": (1, ["precision=bf16"]),
+    "tp2_sp_bf16": (2, ["parallel.tp=2", "parallel.sp=true", "precision=bf16"]),
+}
+FIELDS = ("step", "tokens", "loss", "grad_norm", "lr", "loss_by_source", "tokens_by_source")
+
+
+def _run(workers, jobsite, run, world, overrides) -> str:
+    """One launch of the same command; returns the state it ended in."""
+    overrides = [f"run.dir={run}", *overrides]
+    outcomes = workers(world).run("train", config=jobsite.config, overrides=overrides)
+    assert len({state for state, _ in outcomes}) == 1
+    return outcomes[0][0]
+
+
+def _interrupted(workers, jobsite, run, world, overrides) -> None:
+    """Two steps, each a process life of its own that STOP ends, and then the rest."""
+    run.mkdir()
+    for step in (1, 2):
+        (run / "STOP").touch()
+        assert _run(workers, jobsite, run, world, overrides) == "preempted"
+        assert status(run)["exit_code"] == 75 and status(run)["step"] == step
+        assert not (run / "STOP").exists()
+    assert _run(workers, jobsite, run, world, overrides) == "finished"
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_a_stopped_run_goes_on_bit_for_bit(workers, jobsite, tmp_path, layout):
+    world, overrides = LAYOUTS[layout]
+    assert _run(workers, jobsite, tmp_path / "through", world, overrides) == "finished"
+    _interrupted(workers, jobsite, tmp_path / "stopped", world, overrides)
+    through, stopped = (metrics(tmp_path / name, "train") for name in ("through", "stopped"))
+    assert len(through) >= 4
+    assert [[line[f] for f in FIELDS] for line in stopped] == [[line[f] for f in FIELDS] for line in through]
+    looks = [[(x["step"], x["bucket"], x["value"]) for x in metrics(tmp_path / n, "eval")] for n in ("through", "stopped")]
+    assert looks[0] == looks[1] and len(looks[0]) == 4
+    _same_checkpoint(*(_last(tmp_path / name) for name in ("through", "stopped")))
+
+
+def _last(run):
+    step = int((run / "checkpoints" / "latest_checkpointed_iteration.txt").read_text())
+    return run / "checkpoints" / f"iter_{step:07d}"
+
+
+def _same_checkpoint(a, b) -> None:
+    one, other = checkpoint_tensors(a), checkpoint_tensors(b)
+    assert one.keys() == other.keys() and any(".exp_avg_sq." in name for name in one)
+    for name, tensor in one.items():
+        assert torch.equal(tensor, other[name]), name
+    states = [json.loads((folder / "trainer_state.json").read_text()) for folder in (a, b)]
+    for field in ("step", "tokens", "stream", "baseline"):
+        assert states[0][field] == states[1][field]
+    assert states[0]["stream"]["sources"]["domain"]["rows_taken"] > 0
+
+
+def test_state_saved_at_one_layout_goes_on_at_others(workers, jobsite, tmp_path):
+    """Weights and moments are the same bits; the next losses agree to rounding."""
+    start = tmp_path / "start"
+    start.mkdir()
+    (start / "STOP").touch()
+    assert _run(workers, jobsite, start, 2, ["parallel.tp=2", "parallel.sp=true"]) == "preempted"
+    losses = {}
+    for name, world, overrides in (
+        ("same", 2, ["parallel.tp=2", "parallel.sp=true"]),
+        ("one", 1, []),
+        ("pp2", 2, ["parallel.pp=2"]),
+        ("dp2", 2, []),
+    ):
+        words = [f"model.checkpoint={start}", "restore.mode=full", *overrides]
+        assert _run(workers, jobsite, tmp_path / name, world, words) == "finished"
+        lines = metrics(tmp_path / name, "train")
+        assert lines[0]["step"] == 2
+        losses[name] = [line["loss"] for line in lines]
+    for name in ("one", "pp2", "dp2"):
+        assert losses[name] == pytest.approx(losses["same"], rel=1e-4), name
+        assert losses[name][0] == pytest.approx(losses["same"][0], rel=1e-6), name
+
+
+def test_evaluation_changes_nothing_of_the_training(workers, jobsite, tmp_path):
+    words = ["train.dropout=0.1", "parallel.tp=2"]
+    _run(workers, jobsite, tmp_path / "often", 2, [*words, "eval.interval_tokens=200"])
+    _run(workers, jobsite, tmp_path / "never", 2, [*words, "eval.sets=[]"])
+    often, never = (metrics(tmp_path / name, "train") for name in ("often", "never"))
+    assert len(metrics(tmp_path / "often", "eval")) > 4 and not metrics(tmp_path / "never", "eval")
+    assert [[line[f] for f in FIELDS] for line in often] == [[line[f] for f in FIELDS] for line in never]
+
+
+def test_a_finished_run_has_nothing_left_to_do(workers, jobsite, tmp_path):
+    assert _run(workers, jobsite, tmp_path / "run", 1, []) == "finished"
+    before = metrics(tmp_path / "run", "train")
+    assert _run(workers, jobsite, tmp_path / "run", 1, []) == "finished"
+    assert metrics(tmp_path / "run", "train") == before
+
+
+def test_save_makes_a_checkpoint_and_goes_on(workers, jobsite, tmp_path):
+    run = tmp_path / "run"
+    run.mkdir()
+    (run / "SAVE").touch()
+    assert _run(workers, jobsite, run, 1, []) == "finished"
+    assert not (run / "SAVE").exists()
+    assert sorted(path.name for path in (run / "checkpoints").glob("iter_*"))[0] == "iter_0000001"
