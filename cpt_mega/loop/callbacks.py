@@ -3,6 +3,7 @@
 Times of looks and saves are pure functions of tokens, so a resumed run has them where the uninterrupted one has.
 """
 
+import math
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -150,8 +151,11 @@ class Evaluation(NullCallback):
 
         words = " | ".join(entry(*item) for item in values.items())
         self.console.print(f" validation at iteration {trainer.state.step:8d} | {words} | {seconds:.1f} s |", style="bold")
+        losses = {f"lm loss validation/{name}": math.log(value) for name, value in values.items()}
+        scalars = {"lm loss validation": sum(losses.values()) / len(losses), **losses}
+        scalars.update({f"lm loss validation ppl/{name}": value for name, value in values.items()})
         for reporter in self.reporters:
-            reporter.scalars(trainer.state.step, {f"validation perplexity/{name}": v for name, v in values.items()})
+            reporter.scalars(trainer.state.step, scalars)
 
 
 class Checkpoints(NullCallback):

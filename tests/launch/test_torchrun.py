@@ -1,0 +1,83 @@
+"""The launcher as a user has it: real processes, the trainer's own exit codes, signals."""
+
+import os
+import signal
+import subprocess
+import time
+from pathlib import Path
+
+import pytest
+
+from tests.helpers.jobsite import metrics, status
+
+ROOT = Path(__file__).resolve().parent.parent.parent
+LAUNCHER = ROOT / "launch" / "torchrun.sh"
+
+
+def _start(jobsite, run, *overrides) -> subprocess.Popen:
+    command = ["bash", str(LAUNCHER), jobsite.config, f"run.dir={run}", *overrides]
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    return subprocess.Popen(command, cwd=run.parent, start_new_session=True, **pipes)
+
+
+def _finish(process) -> tuple[int, str, str]:
+    try:
+        out, err = process.communicate(timeout=120)
+        return process.returncode, out, err
+    finally:
+        if process.poll() is None:
+            os.killpg(process.pid, signal.SIGKILL)
+
+
+def _wait_for_steps(run, count: int) -> None:
+    deadline = time.monotonic() + 90
+    while time.monotonic() < deadline:
+        if (run / "metrics.jsonl").is_file() and len(metrics(run, "train")) >= count:
+            return
+        time.sleep(0.05)
+    raise AssertionError("the run made no step")
+
+
+def test_a_wrong_key_ends_with_2_and_one_line(jobsite, tmp_path):
+    code, out, err = _finish(_start(jobsite, tmp_path / "run", "train.tokns=3"))
+    assert code == 2
+    assert err.splitlines() == ["error: train.tokns = 3: unknown key; did you mean 'tokens'?"]
+    assert not (tmp_path / "run").exists()
+
+
+def test_what_only_the_model_can_refuse_ends_with_2(jobsite, tmp_path):
+    code, _, err = _finish(_start(jobsite, tmp_path / "run", "parallel.tp=4"))
+    assert code == 2
+    assert "parallel.tp = 4: must divide the model's 6 attention heads" in err
+    assert "Traceback" not in err
+    assert status(tmp_path / "run")["state"] == "config_error"
+
+
+def test_a_gate_stop_ends_with_80(jobsite, tmp_path):
+    words = ["optimizer.lr=1.0", "gates.general_perplexity_limit=0.01", "eval.interval_tokens=250"]
+    code, out, err = _finish(_start(jobsite, tmp_path / "run", *words))
+    assert code == 80
+    assert "general perplexity" in out and "gate_stop: general perplexity" in err and "Traceback" not in err
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT], ids=["SIGTERM", "SIGINT"])
+def test_a_signal_ends_with_75_and_the_same_command_goes_on(jobsite, tmp_path, number):
+    """SIGTERM reaches the launcher alone; Ctrl-C reaches every process of the terminal's group."""
+    run = tmp_path / "run"
+    words = ["train.tokens=100_000", "parallel.tp=2", "parallel.sp=true", "eval.sets=[]"]
+    process = _start(jobsite, run, *words)
+    _wait_for_steps(run, 2)
+    if number == signal.SIGTERM:
+        process.send_signal(number)
+    else:
+        os.killpg(process.pid, number)
+    code, out, _ = _finish(process)
+    ended = status(run)
+    assert code == 75 == ended["exit_code"]
+    assert ended["state"] == "preempted" and number.name in ended["reason"]
+    assert (run / "checkpoints" / f"iter_{ended['step']:07d}" / "COMPLETE").is_file()
+    assert f"bash launch/torchrun.sh {jobsite.config}" in ended["next_command"]
+    left = [f"train.tokens={ended['tokens'] + 300}", "restore.accept=[train.tokens]"]
+    code, out, _ = _finish(_start(jobsite, run, *words, *left))
+    assert code == 0 and status(run)["state"] == "finished"
+    assert metrics(run, "train")[ended["step"]]["step"] == ended["step"] + 1

@@ -1,0 +1,96 @@
+"""What a run leaves: metrics, reporters under the field's names, and the plan of a dry run."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+
+from tests.helpers.jobsite import metrics, status
+
+ROOT = Path(__file__).resolve().parent.parent.parent
+
+
+@pytest.fixture(scope="module")
+def run(workers, jobsite, tmp_path_factory):
+    run = tmp_path_factory.mktemp("outputs") / "run"
+    words = [f"run.dir={run}", "logging.tensorboard=true", "logging.wandb=offline", "logging.interval_steps=2"]
+    workers(2).run("train", config=jobsite.config, overrides=[*words, "checkpoint.export_hf=none"])
+    return run
+
+
+def test_metrics_have_a_line_a_step_and_a_line_a_reading(run):
+    lines = metrics(run, "train")
+    assert [line["step"] for line in lines] == list(range(1, len(lines) + 1))
+    assert lines[0].keys() == {
+        "kind", "step", "tokens", "loss", "grad_norm", "lr", "tokens_per_s_device", "data_wait_s", "loss_by_source",
+        "tokens_by_source",
+    }  # fmt: skip
+    last = lines[-1]
+    assert sum(last["tokens_by_source"].values()) == last["tokens"] >= 1000
+    assert last["tokens_by_source"]["replay"] / last["tokens"] == pytest.approx(0.2, abs=32 / last["tokens"] + 1e-9)
+    looks = metrics(run, "eval")
+    assert {line["bucket"] for line in looks} == {"domain", "general"}
+    assert looks[0].keys() == {"kind", "step", "tokens", "bucket", "probe", "metric", "value", "n"}
+
+
+def test_the_loss_is_the_sources_losses_together(run):
+    for line in metrics(run, "train"):
+        values = line["loss_by_source"].values()
+        assert min(values) - 1e-9 <= line["loss"] <= max(values) + 1e-9
+
+
+def test_the_folder_says_what_ran(run, jobsite):
+    ended = status(run)
+    assert ended.keys() == {"state", "exit_code", "reason", "step", "tokens", "run_id", "next_command"}
+    assert (ended["state"], ended["exit_code"]) == ("finished", 0)
+    config = yaml.safe_load((run / "config.yaml").read_text())
+    assert config["run"]["dir"] == str(run) and config["train"]["seed"] == 1234
+    ranks = json.loads((run / "ranks.json").read_text())
+    assert [entry["rank"] for entry in ranks] == [0, 1] and all(entry["pid"] for entry in ranks)
+
+
+def test_tensorboard_has_megatrons_names(run):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    events = EventAccumulator(str(run / "tensorboard"))
+    events.Reload()
+    names = set(events.Tags()["scalars"])
+    assert {"lm loss", "learning-rate", "grad-norm", "batch-size", "throughput/device/tokens_per_sec"} <= names
+    assert {"consumed-tokens", "lm loss validation", "lm loss validation/general"} <= names
+    assert [e.step for e in events.Scalars("lm loss")] == [2, 4, 5]  # every interval, and the last step
+    by_step = {line["step"]: line["loss"] for line in metrics(run, "train")}
+    for event in events.Scalars("lm loss"):
+        assert event.value == pytest.approx(by_step[event.step], rel=1e-5)
+
+
+def test_wandb_works_offline_without_an_account(run):
+    (folder,) = (run / "wandb").glob("offline-run-*")
+    assert status(run)["run_id"] in folder.name
+    assert any(path.suffix == ".wandb" and path.stat().st_size > 0 for path in folder.iterdir())
+
+
+def test_a_dry_run_prints_the_plan_and_starts_nothing(jobsite, tmp_path):
+    run = tmp_path / "run"
+    words = [f"run.dir={run}", "parallel.tp=2", "parallel.pp=2", "parallel.sp=true"]
+    done = _cli("--config", jobsite.config, "--dry-run", "--world-size", "8", *words)
+    assert done.returncode == 0, done.stderr
+    assert "8: TP 2 x PP 2 x DP 2" in done.stdout and "nothing was started" in done.stdout
+    assert not run.exists()
+    refused = _cli("--config", jobsite.config, "--dry-run", "--world-size", "6", *words)
+    assert refused.returncode == 2 and "multiple of 4 processes" in refused.stderr
+
+
+def test_the_printed_configuration_is_complete(jobsite):
+    done = _cli("--config", jobsite.config, "--print-config", "optimizer.lr=3e-5")
+    values = yaml.safe_load(done.stdout)
+    assert values["optimizer"]["lr"] == 3e-5 and values["gates"] == {"general_perplexity_limit": None}
+
+
+def _cli(*words: str) -> subprocess.CompletedProcess:
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-m", "cpt_mega.train", *words]
+    return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=120)
