@@ -150,10 +150,16 @@ def code_version() -> dict:
         return done.stdout.strip() if done.returncode == 0 else None
 
     status = git("status", "--porcelain", "--untracked-files=no")
-    return {"version": __version__, "commit": git("rev-parse", "HEAD"), "dirty": None if status is None else bool(status)}
+    return {
+        "version": __version__,
+        "commit": git("rev-parse", "HEAD"),
+        "dirty": None if status is None else bool(status),
+    }
 
 
-def library_versions(names: Iterable[str] = ("torch", "megatron-core", "transformer-engine", "numpy", "safetensors")) -> dict:
+def library_versions(
+    names: Iterable[str] = ("torch", "megatron-core", "transformer-engine", "numpy", "safetensors"),
+) -> dict:
     """Installed versions by package name; packages that are absent are left out."""
     found = {}
     for name in names:

@@ -15,10 +15,14 @@ from cpt_mega.train import guarded
 def main(arguments: Sequence[str] | None = None) -> int:
     """Parses the command line, scores, and returns the exit code."""
     parser = argparse.ArgumentParser(prog="python -m cpt_mega.score", description=__doc__.split("\n\n")[0])
-    parser.add_argument("--checkpoint", required=True, metavar="DIR", help="a run, an iter_* folder, an import or an HF folder")
+    parser.add_argument(
+        "--checkpoint", required=True, metavar="DIR", help="a run, an iter_* folder, an import or an HF folder"
+    )
     parser.add_argument("--input", required=True, metavar="FILE", help="JSONL of packed rows")
     parser.add_argument("--output", required=True, metavar="FILE", help="JSONL of scores, in the same order")
-    parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="layout and precision, as in a configuration")
+    parser.add_argument(
+        "overrides", nargs="*", metavar="section.key=value", help="layout and precision, as in a configuration"
+    )
     options = parser.parse_args(arguments)
 
     def work() -> int:

@@ -41,12 +41,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(prog="python -m cpt_mega.train", description="Continued pretraining on megatron-core.")
+    parser = argparse.ArgumentParser(
+        prog="python -m cpt_mega.train", description="Continued pretraining on megatron-core."
+    )
     parser.add_argument("--config", required=True, metavar="FILE", help="YAML configuration")
     parser.add_argument("--dry-run", action="store_true", help="check everything in one process, print the plan, stop")
-    parser.add_argument("--world-size", type=int, default=None, metavar="N", help="processes to plan for, with --dry-run")
+    parser.add_argument(
+        "--world-size", type=int, default=None, metavar="N", help="processes to plan for, with --dry-run"
+    )
     parser.add_argument("--print-config", action="store_true", help="print the resolved configuration and stop")
-    parser.add_argument("--print-launch", action="store_true", help="print the processes a model replica needs and run.dir")
+    parser.add_argument(
+        "--print-launch", action="store_true", help="print the processes a model replica needs and run.dir"
+    )
     parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="override any configuration key")
     return parser.parse_args(arguments)
 
@@ -108,7 +114,12 @@ def _record(config, state: str, reason: str, code: ExitCode) -> int:
         folder = Path(config.run.dir)
         before = read_status(folder) or {}
         if not ended_since(folder, _STARTED):
-            keep = (before.get("step", 0), before.get("tokens", 0), before.get("run_id", ""), before.get("next_command", ""))
+            keep = (
+                before.get("step", 0),
+                before.get("tokens", 0),
+                before.get("run_id", ""),
+                before.get("next_command", ""),
+            )
             with contextlib.suppress(OSError):  # a folder that cannot be written may be the very error
                 folder.mkdir(parents=True, exist_ok=True)
                 RunFolder(folder, writes=True).status(state, reason, *keep)

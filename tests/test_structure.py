@@ -1,6 +1,8 @@
 """The house: rooms import only from floors below, and megatron-core is touched in one room."""
 
 import ast
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -29,7 +31,9 @@ def _imports(path: Path) -> set[str]:
             found |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom) and node.module:
             assert node.level == 0, f"{path}: relative import"
-            found |= {node.module} | ({f"cpt_mega.{a.name}" for a in node.names} if node.module == "cpt_mega" else set())
+            found |= {node.module} | (
+                {f"cpt_mega.{a.name}" for a in node.names} if node.module == "cpt_mega" else set()
+            )
     return found
 
 
@@ -49,3 +53,9 @@ def test_imports_go_down(path):
 
 def test_every_room_is_on_a_floor():
     assert {_room(path) for path in FILES} - {"__init__"} == set(LEVEL)
+
+
+def test_the_code_is_formatted_and_lints():
+    for words in (("check", "."), ("format", "--check", ".")):
+        done = subprocess.run([sys.executable, "-m", "ruff", *words], cwd=ROOT, capture_output=True, text=True)
+        assert done.returncode == 0, done.stdout

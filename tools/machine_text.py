@@ -10,7 +10,17 @@ import sysconfig
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
-_LEFT_OUT = {"test", "tests", "encodings", "idlelib", "lib2to3", "site-packages", "__pycache__", "pydoc_data", "turtledemo"}
+_LEFT_OUT = {
+    "test",
+    "tests",
+    "encodings",
+    "idlelib",
+    "lib2to3",
+    "site-packages",
+    "__pycache__",
+    "pydoc_data",
+    "turtledemo",
+}
 
 
 def python_sources() -> Iterator[str]:

@@ -98,7 +98,9 @@ class Step:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(prog="bash launch/quickstart.sh", description="The whole main job on this machine.")
+    parser = argparse.ArgumentParser(
+        prog="bash launch/quickstart.sh", description="The whole main job on this machine."
+    )
     parser.add_argument("dir", nargs="?", default=str(ROOT / "runs" / "quickstart"), help="where everything is left")
     parser.add_argument("--only", choices=["texts", "model", "compare"], help=argparse.SUPPRESS)  # the steps call back
     options = parser.parse_args()
@@ -172,7 +174,9 @@ class Quickstart:
         self.console.print(_samples_table(found))
         train = _shown(self.folder / "train.yaml")
         self.console.print(f"everything is in {self.folder}", soft_wrap=True)
-        self.console.print(f"next: copy {train}, edit it, and run\n  bash launch/torchrun.sh {train} run.dir=runs/mine", soft_wrap=True)
+        self.console.print(
+            f"next: copy {train}, edit it, and run\n  bash launch/torchrun.sh {train} run.dir=runs/mine", soft_wrap=True
+        )
         return 0 if all(passed for _, _, _, passed in checks) else 1
 
 
@@ -185,14 +189,26 @@ Everything is left in {dir}. Ctrl-C is safe; the same command continues."""
 def plan(folder: Path) -> list[Step]:
     """The steps. Up to the base model they make what a user already has; from there on they are what a user types."""
     python, d = sys.executable, str(folder)
-    tool = {name: [python, str(ROOT / "tools" / f"{name}.py")] for name in ("preprocess_data", "import_hf", "export_hf", "quickstart")}
+    tool = {
+        name: [python, str(ROOT / "tools" / f"{name}.py")]
+        for name in ("preprocess_data", "import_hf", "export_hf", "quickstart")
+    }
     launch = ["bash", str(ROOT / "launch" / "torchrun.sh")]
     score = [python, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "cpt_mega.score"]
 
     def corpus(name: str) -> Step:
-        command = ["--input", f"{d}/data/{name}.jsonl", "--tokenizer", f"{d}/work/hf_random", "--output", f"{d}/data/{name}"]
+        command = [
+            "--input",
+            f"{d}/data/{name}.jsonl",
+            "--tokenizer",
+            f"{d}/work/hf_random",
+            "--output",
+            f"{d}/data/{name}",
+        ]
         outputs = tuple(f"data/{name}.{end}" for end in ("bin", "idx", "manifest.json"))
-        return Step(f"preprocess-{name}", f"Tokenise {name}", [*tool["preprocess_data"], *command, "--workers", "2"], outputs)
+        return Step(
+            f"preprocess-{name}", f"Tokenise {name}", [*tool["preprocess_data"], *command, "--workers", "2"], outputs
+        )
 
     def convert(name: str, title: str, direction: str, source: str, target: str) -> Step:
         words = ["--hf", f"{d}/{source}"] if direction == "import_hf" else ["--checkpoint", f"{d}/{source}"]
@@ -200,22 +216,54 @@ def plan(folder: Path) -> list[Step]:
 
     return [
         Step("texts", "Gather two corpora from this machine", [*tool["quickstart"], d, "--only", "texts"], ("data",)),
-        Step("model", "Train a tokenizer, make a random small Llama", [*tool["quickstart"], d, "--only", "model"], ("work/hf_random",)),
+        Step(
+            "model",
+            "Train a tokenizer, make a random small Llama",
+            [*tool["quickstart"], d, "--only", "model"],
+            ("work/hf_random",),
+        ),
         *map(corpus, ("replay", "general.heldout")),
         convert("import-random", "Import the random model", "import_hf", "work/hf_random", "work/random"),
-        Step("pretrain", "Pretrain it on general text: the base model", ["env", "NPROC=2", *launch, f"{d}/pretrain.yaml"], ("pretrain",), True),
+        Step(
+            "pretrain",
+            "Pretrain it on general text: the base model",
+            ["env", "NPROC=2", *launch, f"{d}/pretrain.yaml"],
+            ("pretrain",),
+            True,
+        ),
         convert("export-base", "Export the base model", "export_hf", "pretrain", "base"),
         *map(corpus, ("domain", "domain.heldout")),
         convert("import-base", "Import the base model", "import_hf", "base", "import"),
-        Step("train", "Continue pretraining on code (TP 2, sequence parallel, 20 % replay)", [*launch, f"{d}/train.yaml"], ("run",), True),
+        Step(
+            "train",
+            "Continue pretraining on code (TP 2, sequence parallel, 20 % replay)",
+            [*launch, f"{d}/train.yaml"],
+            ("run",),
+            True,
+        ),
         convert("export", "Export the result", "export_hf", "run", "export"),
         Step(
             "score",
             "Score held-out rows with the trainer's own forward pass",
-            [*score, "--checkpoint", f"{d}/run", "--input", f"{d}/data/rows.jsonl", "--output", f"{d}/work/scores.jsonl", "parallel.tp=2", "parallel.sp=true"],
+            [
+                *score,
+                "--checkpoint",
+                f"{d}/run",
+                "--input",
+                f"{d}/data/rows.jsonl",
+                "--output",
+                f"{d}/work/scores.jsonl",
+                "parallel.tp=2",
+                "parallel.sp=true",
+            ],
             ("work/scores.jsonl",),
         ),
-        Step("compare", "Compare with transformers", [*tool["quickstart"], d, "--only", "compare"], ("work/comparison.json",)),
+        Step(
+            "compare",
+            "Compare with transformers",
+            [*tool["quickstart"], d, "--only", "compare"],
+            ("work/comparison.json",),
+        ),
     ]
 
 
@@ -342,7 +390,12 @@ def _checks(summary: dict, found: dict) -> list[tuple[str, str, str, bool]]:
     difference = summary["max_logprob_difference"]
     base, unigram = found["base_loss"], found["unigram_entropy"]
     return [
-        ("base model's loss against unigram entropy", f"{base:.2f} / {unigram:.2f} nats", "below 0.9 of it", base < 0.9 * unigram),
+        (
+            "base model's loss against unigram entropy",
+            f"{base:.2f} / {unigram:.2f} nats",
+            "below 0.9 of it",
+            base < 0.9 * unigram,
+        ),
         ("domain perplexity", _change(summary["perplexity"]["domain"], domain), "-20 % or better", domain <= -0.2),
         ("general perplexity", _change(summary["perplexity"]["general"], general), "+5 % at most", general <= 0.05),
         ("export against trainer, log-probabilities", f"{difference:.1e}", "1e-4 at most", difference <= 1e-4),
@@ -360,7 +413,12 @@ def _closing_table(summary: dict, found: dict, checks: list[tuple[str, str, str,
     for what, measured, required, passed in checks:
         table.add_row(what, measured, required, "[green]yes[/]" if passed else "[bold red]NO[/]")
     table.add_row("training speed", f"{summary['tokens_per_s']:,.0f} tokens/s", "", "")
-    table.add_row("all steps together", f"{summary['seconds']:.0f} s", "480 s", "[green]yes[/]" if summary["seconds"] < 480 else "[yellow]slow[/]")
+    table.add_row(
+        "all steps together",
+        f"{summary['seconds']:.0f} s",
+        "480 s",
+        "[green]yes[/]" if summary["seconds"] < 480 else "[yellow]slow[/]",
+    )
     return table
 
 
@@ -386,7 +444,12 @@ def _call(command: list[str]) -> None:
 
 
 def _code_digest() -> str:
-    files = sorted(path for part in ("cpt_mega", "tools", "launch") for path in (ROOT / part).rglob("*") if path.suffix in (".py", ".sh", ".txt"))
+    files = sorted(
+        path
+        for part in ("cpt_mega", "tools", "launch")
+        for path in (ROOT / part).rglob("*")
+        if path.suffix in (".py", ".sh", ".txt")
+    )
     return _digest(*(part for path in files for part in (str(path.relative_to(ROOT)), path.read_text())))
 
 

@@ -22,10 +22,15 @@ from cpt_mega.hf.locate import locate_checkpoint
 
 # A full restore under another value of these is another run, so it must be asked for by name.
 _NEEDS_ACCEPTANCE = (
-    "data.sources data.packing train.seq_length train.global_batch_size train.seed train.tokens train.dropout precision "
-    "optimizer.lr optimizer.min_lr optimizer.weight_decay optimizer.clip_norm optimizer.beta1 optimizer.beta2 optimizer.eps "
-    "schedule.kind schedule.warmup_tokens schedule.decay_tokens eval.sets eval.max_tokens"
-).split()
+    "data.sources",
+    "data.packing",
+    "precision",
+    *(f"train.{name}" for name in ("tokens", "seq_length", "global_batch_size", "seed", "dropout")),
+    *(f"optimizer.{name}" for name in ("lr", "min_lr", "weight_decay", "clip_norm", "beta1", "beta2", "eps")),
+    *(f"schedule.{name}" for name in ("kind", "warmup_tokens", "decay_tokens")),
+    "eval.sets",
+    "eval.max_tokens",
+)
 
 # The two optimizers keep different tensors, so one cannot read what the other wrote.
 _NEVER = ("train.distributed_optimizer",)

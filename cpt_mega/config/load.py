@@ -55,7 +55,9 @@ def _read(path: Path, seen: tuple[Path, ...]) -> dict:
     try:
         values = yaml.load(path.read_text(), _YamlLoader) or {}
     except OSError as error:
-        raise InputError("--config", str(path), f"cannot be read ({error.strerror}); name an existing YAML file") from error
+        raise InputError(
+            "--config", str(path), f"cannot be read ({error.strerror}); name an existing YAML file"
+        ) from error
     except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as error:
         where = " ".join(str(error).split())[:200]
         raise InputError("--config", str(path), f"is not valid YAML: {where}") from error
@@ -192,4 +194,9 @@ def _describe(model: type[BaseModel], prefix: str) -> Iterator[tuple[str, str, A
         else:
             default = "required" if field.is_required() else field.default
             kind = getattr(field.annotation, "__name__", None) if not get_args(field.annotation) else None
-            yield f"{prefix}{name}", kind or str(field.annotation).replace("typing.", ""), default, field.description or ""
+            yield (
+                f"{prefix}{name}",
+                kind or str(field.annotation).replace("typing.", ""),
+                default,
+                field.description or "",
+            )

@@ -40,7 +40,11 @@ class LearningRate:
             return self.peak * tokens / self.warmup_tokens
         if self.kind == "constant":
             return self.peak
-        start = self.warmup_tokens if self.kind == "cosine" else max(self.warmup_tokens, self.total_tokens - self.decay_tokens)
+        start = (
+            self.warmup_tokens
+            if self.kind == "cosine"
+            else max(self.warmup_tokens, self.total_tokens - self.decay_tokens)
+        )
         span = self.total_tokens - start
         done = min(1.0, max(0.0, (tokens - start) / span)) if span > 0 else float(tokens >= self.total_tokens)
         if self.kind == "cosine":

@@ -37,7 +37,9 @@ class RestoreOptions(Section):
         description="weights: new run from model.checkpoint; full: continue exactly; "
         "auto: continue run.dir when it holds a checkpoint, else weights",
     )
-    accept: tuple[str, ...] = Field((), description="configuration keys that may differ from the checkpoint's on a full restore")
+    accept: tuple[str, ...] = Field(
+        (), description="configuration keys that may differ from the checkpoint's on a full restore"
+    )
 
 
 class ParallelOptions(Section):
@@ -55,12 +57,16 @@ class ParallelOptions(Section):
 
 
 class TrainOptions(Section):
-    tokens: NonNegativeInt = Field(description="budget of the run, in tokens of packed documents; 0 evaluates and stops")
+    tokens: NonNegativeInt = Field(
+        description="budget of the run, in tokens of packed documents; 0 evaluates and stops"
+    )
     seq_length: PositiveInt = Field(2048, description="tokens of a packed row")
     global_batch_size: PositiveInt = Field(8, description="packed rows per optimizer step")
     micro_batch_size: PositiveInt = Field(1, description="packed rows per forward pass and data-parallel rank")
     seed: NonNegativeInt = Field(1234, description="seed of data order, dropout and anything else that is drawn")
-    recompute: Literal["none", "selective", "full"] = Field("none", description="activations recomputed in the backward pass")
+    recompute: Literal["none", "selective", "full"] = Field(
+        "none", description="activations recomputed in the backward pass"
+    )
     deterministic: bool = Field(False, description="only kernels that give the same bits on every run")
     distributed_optimizer: bool = Field(True, description="shard optimizer state over data-parallel ranks")
     dropout: Share = Field(0.0, description="hidden and attention dropout; zero keeps the base model's own function")
@@ -78,7 +84,9 @@ class OptimizerOptions(Section):
 
 class ScheduleOptions(Section):
     kind: Literal["cosine", "constant", "wsd"] = Field("cosine", description="shape after the warm-up")
-    warmup_tokens: NonNegativeInt | None = Field(None, description="re-warm from zero over these; none: 1 % of train.tokens")
+    warmup_tokens: NonNegativeInt | None = Field(
+        None, description="re-warm from zero over these; none: 1 % of train.tokens"
+    )
     decay_tokens: PositiveInt | None = Field(None, description="length of wsd's decay; none: 10 % of train.tokens")
 
 
@@ -86,7 +94,9 @@ class SourceOptions(Section):
     name: str = Field(min_length=1, description="name in logs and ledgers")
     path: str = Field(description="prefix of the .bin and .idx files")
     role: Literal["domain", "replay", "instruct"] = Field(description="the part this source plays in the mixture")
-    weight: float | None = Field(None, gt=0, description="share of tokens, relative to the others; none anywhere: replay 20 %")
+    weight: float | None = Field(
+        None, gt=0, description="share of tokens, relative to the others; none anywhere: replay 20 %"
+    )
 
 
 class DataOptions(Section):
@@ -96,23 +106,31 @@ class DataOptions(Section):
 
 class CheckpointOptions(Section):
     interval_tokens: PositiveInt | None = Field(None, description="tokens between checkpoints; none: only at the end")
-    export_hf: Literal["none", "final"] = Field("none", description="write run.dir/export as an HF checkpoint at the end")
+    export_hf: Literal["none", "final"] = Field(
+        "none", description="write run.dir/export as an HF checkpoint at the end"
+    )
 
 
 class EvalSetOptions(Section):
     path: str = Field(description="prefix of the held-out .bin and .idx files")
-    bucket: Literal["domain", "general", "behaviour", "safety"] = Field(description="the bucket its perplexity counts for")
+    bucket: Literal["domain", "general", "behaviour", "safety"] = Field(
+        description="the bucket its perplexity counts for"
+    )
 
 
 class EvalOptions(Section):
-    interval_tokens: PositiveInt | None = Field(None, description="tokens between evaluations; none: at step 0 and at the end")
+    interval_tokens: PositiveInt | None = Field(
+        None, description="tokens between evaluations; none: at step 0 and at the end"
+    )
     sets: tuple[EvalSetOptions, ...] = Field((), description="held-out corpora; one per bucket and probe")
     max_tokens: PositiveInt = Field(262_144, description="tokens of each set that are scored, from its start")
 
 
 class GateOptions(Section):
     general_perplexity_limit: float | None = Field(
-        0.15, gt=0, description="stop when general perplexity is above its step-0 value by more than this share; null: never"
+        0.15,
+        gt=0,
+        description="stop when general perplexity is above its step-0 value by more than this share; null: never",
     )
 
 
@@ -131,7 +149,9 @@ class Config(Section):
     tokenizer: TokenizerOptions = TokenizerOptions()
     restore: RestoreOptions = RestoreOptions()
     parallel: ParallelOptions = ParallelOptions()
-    precision: Literal["fp32", "bf16"] = Field("bf16", description="arithmetic of the model; bf16 keeps fp32 master weights")
+    precision: Literal["fp32", "bf16"] = Field(
+        "bf16", description="arithmetic of the model; bf16 keeps fp32 master weights"
+    )
     train: TrainOptions
     optimizer: OptimizerOptions = OptimizerOptions()
     schedule: ScheduleOptions = ScheduleOptions()

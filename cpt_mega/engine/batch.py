@@ -44,7 +44,11 @@ class MicroBatch:
 
         lengths = tuple(int(length) for row in rows for length in row.doc_lengths)
         return cls(
-            joined("ids", torch.int64), joined("labels", torch.int64), joined("loss_mask", torch.float32), lengths, len(rows)
+            joined("ids", torch.int64),
+            joined("labels", torch.int64),
+            joined("loss_mask", torch.float32),
+            lengths,
+            len(rows),
         )
 
     @property
@@ -58,7 +62,9 @@ class MicroBatch:
         max_seqlen is the longest document and never T: when the rotary table is exactly as long as the row, core's
         unfused rope stops restarting at documents without a word (megatron/core/models/common/embeddings/rope_utils.py).
         """
-        bounds = torch.tensor((0, *self.lengths), dtype=torch.int32, device=self.ids.device).cumsum(0, dtype=torch.int32)
+        bounds = torch.tensor((0, *self.lengths), dtype=torch.int32, device=self.ids.device).cumsum(
+            0, dtype=torch.int32
+        )
         longest = max(self.lengths)
         return PackedSeqParams(
             qkv_format="thd",

@@ -19,9 +19,9 @@ CPU = torch.device("cpu")
 
 # Tensor factories that core calls with device="cuda" or pin_memory=True.
 _FACTORIES = (
-    "empty zeros ones full tensor arange rand randn randint eye linspace as_tensor "
-    "empty_like zeros_like ones_like full_like rand_like"
-).split()
+    *("empty", "zeros", "ones", "full", "tensor", "arange", "rand", "randn", "randint", "eye", "linspace", "as_tensor"),
+    *("empty_like", "zeros_like", "ones_like", "full_like", "rand_like"),
+)
 
 _prepared = False
 

@@ -39,4 +39,9 @@ def _batch_rules(config: Config, dp: int) -> Iterator[tuple[bool, str, object, s
         f"must be a multiple of micro_batch_size {train.micro_batch_size} x {dp} data-parallel replicas",
     )
     odd = p.sp and train.seq_length % p.tp > 0
-    yield odd, "train.seq_length", train.seq_length, f"must be a multiple of parallel.tp {p.tp} under sequence parallelism"
+    yield (
+        odd,
+        "train.seq_length",
+        train.seq_length,
+        f"must be a multiple of parallel.tp {p.tp} under sequence parallelism",
+    )

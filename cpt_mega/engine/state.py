@@ -25,7 +25,7 @@ _OPTIMIZER_PREFIX = "optimizer."
 
 
 def save_engine(engine: Engine, folder: Path) -> None:
-    """Writes weights, optimizer state and generators into an empty folder; every rank calls it and returns when all is on disk."""
+    """Writes weights, optimizer state and generators into an empty folder. A collective that returns when all is on disk."""
     if engine.optimizer is not None:
         _make_moments(engine)
     state = _sharded_state(engine, is_loading=False)
@@ -92,7 +92,9 @@ def _model_state(engine: Engine) -> dict:
 def _sharded_state(engine: Engine, is_loading: bool) -> dict:
     state = {"model": _model_state(engine)}
     if engine.optimizer is not None:
-        state["optimizer"] = engine.optimizer.sharded_state_dict(state, is_loading=is_loading, metadata=_metadata(engine))
+        state["optimizer"] = engine.optimizer.sharded_state_dict(
+            state, is_loading=is_loading, metadata=_metadata(engine)
+        )
     return state
 
 

@@ -135,7 +135,5 @@ def _forward_with_loss(iterator: Iterator[MicroBatch], model):
 def _sum_of_losses(batch: MicroBatch, losses: Tensor) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
     """Sum of the real targets' losses, their number, and both for each row ([rows, 2], float64)."""
     masked = losses.float() * batch.mask
-    by_row = torch.stack(
-        [x.detach().double().view(batch.rows, -1).sum(dim=1) for x in (masked, batch.mask)], dim=1
-    )
+    by_row = torch.stack([x.detach().double().view(batch.rows, -1).sum(dim=1) for x in (masked, batch.mask)], dim=1)
     return masked.sum(), batch.mask.sum().to(torch.int), {"rows": by_row}

@@ -28,6 +28,8 @@ def general_perplexity(baseline: Mapping[str, float], now: Mapping[str, float], 
     before, after = baseline["general"], now["general"]
     rise = after / before - 1.0
     within = math.isfinite(rise) and rise <= limit
-    reason = f"general perplexity {after:.4g} is {rise:+.1%} of its step-0 value {before:.4g}; the limit is +{limit:.0%}"
+    reason = (
+        f"general perplexity {after:.4g} is {rise:+.1%} of its step-0 value {before:.4g}; the limit is +{limit:.0%}"
+    )
     numbers = {"baseline": before, "value": after, "rise": rise, "limit": limit}
     return Verdict("general_perplexity_limit", "continue" if within else "stop", reason, numbers)

@@ -150,7 +150,9 @@ class Evaluation(NullCallback):
             return f"{bucket} perplexity: {value:.3f}" + (f" ({value / base - 1:+.1%})" if base else "")
 
         words = " | ".join(entry(*item) for item in values.items())
-        self.console.print(f" validation at iteration {trainer.state.step:8d} | {words} | {seconds:.1f} s |", style="bold")
+        self.console.print(
+            f" validation at iteration {trainer.state.step:8d} | {words} | {seconds:.1f} s |", style="bold"
+        )
         losses = {f"lm loss validation/{name}": math.log(value) for name, value in values.items()}
         scalars = {"lm loss validation": sum(losses.values()) / len(losses), **losses}
         scalars.update({f"lm loss validation ppl/{name}": value for name, value in values.items()})

@@ -63,4 +63,3 @@ def _ranks_table(config: Config, info: ModelInfo, world: int) -> Table:
     for rank in plan_ranks(config, info.shape, world):
         table.add_row(str(rank.rank), str(rank.stage), f"{rank.parameters:,}", f"{rank.state_gib:.2f}")
     return table
-

@@ -48,7 +48,9 @@ class RunFolder:
             drop_lines_after(self.path / METRICS, step)
             self._metrics = open(self.path / METRICS, "a", buffering=1)  # noqa: SIM115 (lives as long as the run)
         except OSError as error:
-            raise InputError("run.dir", str(self.path), f"cannot be written ({error.strerror}); name another") from error
+            raise InputError(
+                "run.dir", str(self.path), f"cannot be written ({error.strerror}); name another"
+            ) from error
 
     def status(self, state: str, reason: str, step: int, tokens: int, run_id: str, next_command: str) -> None:
         """Writes ``status.json``; ``exit_code`` is null while the run is running."""

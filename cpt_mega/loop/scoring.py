@@ -188,7 +188,9 @@ def _parse_row(line: str, where: str, multiple: int, vocab_size: int) -> ScoreRo
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise InputError(where, line.strip()[:80], 'a row is {"id", "ids": [...], "doc_lengths": [...]}') from error
     if not ids or not all(whole) or min(lengths) < 1:
-        raise InputError(where, line.strip()[:80], "ids and doc_lengths hold whole numbers; no row and no document is empty")
+        raise InputError(
+            where, line.strip()[:80], "ids and doc_lengths hold whole numbers; no row and no document is empty"
+        )
     if sum(lengths) != len(ids):
         raise InputError(f"{where} doc_lengths", lengths, f"must sum to the {len(ids)} ids of the row")
     if min(ids) < 0 or max(ids) >= vocab_size:

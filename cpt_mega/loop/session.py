@@ -20,7 +20,7 @@ from cpt_mega.engine.step import Engine
 from cpt_mega.errors import InputError
 from cpt_mega.gates.perplexity import open_eval_sets
 from cpt_mega.hf.locate import locate_checkpoint
-from cpt_mega.hf.model_info import HF_FOLDER, ModelInfo, read_model_info, tokenizer_digest
+from cpt_mega.hf.model_info import ModelInfo, read_model_info, tokenizer_digest
 from cpt_mega.lineage import code_version, file_digest, library_versions, new_run_id
 from cpt_mega.loop.callbacks import Checkpoints, Control, Evaluation, Logging
 from cpt_mega.loop.console import contract_table, make_console, sources_table
@@ -151,7 +151,10 @@ def _trainer_state(config: Config, restore: Restore, lineage: dict, mesh: Mesh) 
 def _introduce(console, config, info, restore, sources, mesh, clock) -> None:
     """What a user reads before the first step: layout, contract, mixture, and what the start took."""
     shape = info.shape
-    console.print(f" {shape.family}, {shape.layers} layers, hidden {shape.hidden_size} | {mesh.name} | {config.precision}", style="bold")
+    console.print(
+        f" {shape.family}, {shape.layers} layers, hidden {shape.hidden_size} | {mesh.name} | {config.precision}",
+        style="bold",
+    )
     console.print(contract_table(f"restore: {restore.mode}", restore.rows))
     for note in restore.notes:
         console.print(f" {note}", style="yellow")

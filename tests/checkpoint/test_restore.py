@@ -49,7 +49,13 @@ def test_weights_start_a_new_run_on_old_weights(workers, jobsite, stopped, tmp_p
 def test_a_step_at_rate_zero_changes_no_weight(workers, jobsite, tmp_path):
     """A stale fp32 master copy would show here: after a weights-only restore it must follow the weights."""
     for precision in ("fp32", "bf16"):
-        words = [f"precision={precision}", "optimizer.lr=1e-30", "optimizer.weight_decay=0", "train.tokens=200", "schedule.warmup_tokens=0"]
+        words = [
+            f"precision={precision}",
+            "optimizer.lr=1e-30",
+            "optimizer.weight_decay=0",
+            "train.tokens=200",
+            "schedule.warmup_tokens=0",
+        ]
         _train(workers, jobsite, tmp_path / precision, *words)
         before = checkpoint_tensors(jobsite.checkpoint)
         after = checkpoint_tensors(tmp_path / precision / "checkpoints" / "iter_0000001")
@@ -111,7 +117,10 @@ def test_a_checkpoint_of_another_shape_is_refused_by_tensor(workers, jobsite, tm
     lying = tmp_path / "lying"
     shutil.copytree(jobsite.checkpoint, lying)
     model = json.loads((lying / "model.json").read_text())
-    for change, tensor in (({"vocab_size": 500}, "embedding.word_embeddings.weight"), ({"layers": 6}, "decoder.layers")):
+    for change, tensor in (
+        ({"vocab_size": 500}, "embedding.word_embeddings.weight"),
+        ({"layers": 6}, "decoder.layers"),
+    ):
         (lying / "COMPLETE").unlink()
         (lying / "model.json").write_text(json.dumps({**model, "shape": {**model["shape"], **change}}))
         seal_folder(lying)

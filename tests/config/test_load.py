@@ -89,7 +89,12 @@ def test_wrong_values_are_refused_by_name_with_a_fix(config, word):
 
 @pytest.mark.parametrize(
     ("content", "fix"),
-    [("- a", "mapping"), ("a: [", "not valid YAML"), ("train: {tokens: 1}\ntrain: {tokens: 2}", "given twice"), ("\x00", "YAML")],
+    [
+        ("- a", "mapping"),
+        ("a: [", "not valid YAML"),
+        ("train: {tokens: 1}\ntrain: {tokens: 2}", "given twice"),
+        ("\x00", "YAML"),
+    ],
 )
 def test_files_that_are_no_configuration_are_refused(tmp_path, content, fix):
     (tmp_path / "x.yaml").write_text(content)

@@ -9,7 +9,12 @@ import torch
 from cpt_mega.data.indexed import IndexedCorpus
 from tests.helpers.jobsite import metrics, status
 
-LAYOUTS = {"one": (1, []), "tp2_sp": (2, ["parallel.tp=2", "parallel.sp=true"]), "pp2": (2, ["parallel.pp=2"]), "dp2": (2, [])}
+LAYOUTS = {
+    "one": (1, []),
+    "tp2_sp": (2, ["parallel.tp=2", "parallel.sp=true"]),
+    "pp2": (2, ["parallel.pp=2"]),
+    "dp2": (2, []),
+}
 
 
 def _run(workers, jobsite, run, world, *overrides):
@@ -42,7 +47,10 @@ def _reference(jobsite, prefix, max_tokens: int, seq_length: int) -> tuple[float
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_step_zero_perplexity_is_transformers(workers, jobsite, tmp_path, layout):
     world, overrides = LAYOUTS[layout]
-    assert _run(workers, jobsite, tmp_path / "run", world, "train.tokens=0", "schedule.warmup_tokens=0", *overrides)[0] == "finished"
+    assert (
+        _run(workers, jobsite, tmp_path / "run", world, "train.tokens=0", "schedule.warmup_tokens=0", *overrides)[0]
+        == "finished"
+    )
     readings = {line["bucket"]: line for line in metrics(tmp_path / "run", "eval")}
     for bucket in ("domain", "general"):
         value, targets = _reference(jobsite, jobsite.folder / f"{bucket}.heldout", 320, 32)
@@ -55,7 +63,13 @@ def test_step_zero_perplexity_is_transformers(workers, jobsite, tmp_path, layout
 def test_a_general_perplexity_above_its_limit_stops_the_run(workers, jobsite, tmp_path, layout):
     world, overrides = LAYOUTS[layout]
     only_domain = f"data.sources=[{{name: domain, path: {jobsite.folder}/domain, role: domain}}]"
-    words = [only_domain, "optimizer.lr=1.0", "eval.interval_tokens=500", "gates.general_perplexity_limit=0.15", *overrides]
+    words = [
+        only_domain,
+        "optimizer.lr=1.0",
+        "eval.interval_tokens=500",
+        "gates.general_perplexity_limit=0.15",
+        *overrides,
+    ]
     state, reason = _run(workers, jobsite, tmp_path / "run", world, "train.tokens=5000", *words)
     assert state == "gate_stop" and "general perplexity" in reason
     ended = status(tmp_path / "run")

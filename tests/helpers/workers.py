@@ -70,7 +70,13 @@ class Workers:
             probe.bind(("127.0.0.1", 0))
             port = probe.getsockname()[1]
         for rank in range(self.world):
-            place = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": self.world, "MASTER_PORT": port, "OMP_NUM_THREADS": 1}
+            place = {
+                "RANK": rank,
+                "LOCAL_RANK": rank,
+                "WORLD_SIZE": self.world,
+                "MASTER_PORT": port,
+                "OMP_NUM_THREADS": 1,
+            }
             environment = {**os.environ, "MASTER_ADDR": "127.0.0.1", **{k: str(v) for k, v in place.items()}}
             log = open(self.log_folder / f"world{self.world}_rank{rank}.log", "a")  # noqa: SIM115 (the process keeps it)
             self._processes.append(
@@ -102,9 +108,9 @@ def _serve() -> None:
     """One rank: reads jobs from standard input, answers on the original standard output; prints go to the log."""
     answers = os.fdopen(os.dup(1), "w", buffering=1)
     os.dup2(2, 1)
-    import cpt_mega.engine  # noqa: F401 (the host comes before anything of torch is used)
-
     import torch.distributed as dist
+
+    import cpt_mega.engine  # noqa: F401 (the host comes before anything of torch is used)
 
     dist.init_process_group("gloo", timeout=timedelta(seconds=90))
     jobs = importlib.import_module("tests.helpers.jobs")

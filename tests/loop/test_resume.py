@@ -48,7 +48,9 @@ def test_a_stopped_run_goes_on_bit_for_bit(workers, jobsite, tmp_path, layout):
     through, stopped = (metrics(tmp_path / name, "train") for name in ("through", "stopped"))
     assert len(through) >= 4
     assert [[line[f] for f in FIELDS] for line in stopped] == [[line[f] for f in FIELDS] for line in through]
-    looks = [[(x["step"], x["bucket"], x["value"]) for x in metrics(tmp_path / n, "eval")] for n in ("through", "stopped")]
+    looks = [
+        [(x["step"], x["bucket"], x["value"]) for x in metrics(tmp_path / n, "eval")] for n in ("through", "stopped")
+    ]
     assert looks[0] == looks[1] and len(looks[0]) == 4
     _same_checkpoint(*(_last(tmp_path / name) for name in ("through", "stopped")))
 
