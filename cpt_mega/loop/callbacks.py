@@ -1,4 +1,4 @@
-"""What hangs on the loop, in the order it runs at a boundary: logging, evaluation with its gate, checkpoints, control.
+"""What hangs on the loop, in the order it runs at a boundary: logging, control, evaluation with its gate, checkpoints.
 
 Times of looks and saves are pure functions of tokens, so a resumed run has them where the uninterrupted one has.
 """
@@ -173,11 +173,8 @@ class Checkpoints(NullCallback):
     def on_step(self, trainer: Trainer, report: StepReport) -> None:
         now = trainer.state.tokens
         due = crossed(now - report.tokens, now, trainer.config.checkpoint.interval_tokens)
-        (asked,) = trainer.engine.mesh.agree_max([int(self.folder.asked(SAVE))])
-        if due or asked:
+        if due or trainer.save_requested:
             self._save(trainer)
-        if asked:
-            self.folder.answered(SAVE)
 
     def on_end(self, trainer: Trainer) -> None:
         if trainer.state.step:
@@ -194,16 +191,19 @@ class Checkpoints(NullCallback):
 
 
 class Control(NullCallback):
-    """Signals and ``STOP``: all ranks agree at the boundary and end together as preempted."""
+    """Signals, ``STOP`` and ``SAVE``: all ranks agree at the boundary, in one small reduction a step."""
 
     def __init__(self, request: StopRequest, folder: RunFolder):
         self.request, self.folder = request, folder
 
     def on_step(self, trainer: Trainer, report: StepReport) -> None:
-        mine = [int(self.request.name is not None), int(self.folder.asked(STOP))]
-        signalled, asked = trainer.engine.mesh.agree_max(mine)
-        if asked:
+        mine = [self.request.name is not None, self.folder.asked(STOP), self.folder.asked(SAVE)]
+        signalled, stop, save = trainer.engine.mesh.agree_max([int(asked) for asked in mine])
+        trainer.save_requested = bool(save)
+        if stop:
             trainer.stop("preempted", "STOP was touched in the run folder")
-            self.folder.answered(STOP)
         elif signalled:
             trainer.stop("preempted", f"received {self.request.name or 'a signal on another rank'}")
+        for name, asked in ((STOP, stop), (SAVE, save)):
+            if asked:
+                self.folder.answered(name)

@@ -121,9 +121,9 @@ def _stream(config: Config, sources: list[Source], state: TrainerState) -> Mixed
 def _callbacks(config, sets, folder, reporters, console, restore, request, status) -> list[Callback]:
     return [
         Logging(folder, reporters, console),
+        Control(request, folder),
         Evaluation(sets, folder, reporters, console),
         Checkpoints(Path(config.run.dir), restore.folder, folder, console),
-        Control(request, folder),
         status,
     ]
 

@@ -46,6 +46,7 @@ class Trainer:
     Attributes:
         state: step, tokens, baseline; written into every checkpoint.
         outcome: ``(state, reason)`` as ``status.json`` names them, once the run is to end.
+        save_requested: whether a user asked for a checkpoint at this boundary.
     """
 
     config: Config
@@ -54,6 +55,7 @@ class Trainer:
     state: TrainerState
     callbacks: Sequence[Callback] = field(default_factory=tuple)
     outcome: tuple[str, str] | None = None
+    save_requested: bool = False
 
     def __post_init__(self):
         self.learning_rate = LearningRate.from_config(self.config)
