@@ -5,18 +5,13 @@ megatron-core's checkpoint writer starts a helper process that imports this modu
 """
 
 import argparse
-import contextlib
 import os
 import sys
-import time
-import traceback
 from collections.abc import Sequence
 from pathlib import Path
 
-from cpt_mega.errors import CptMegaError, ExitCode, InputError
-from cpt_mega.loop.noise import quieten
-
-_STARTED = time.time()
+from cpt_mega.errors import ExitCode, InputError
+from cpt_mega.loop.entry import guarded, is_main, say
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -33,11 +28,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
             print(config.parallel.model_size, config.run.dir)
             return ExitCode.FINISHED
     except InputError as error:
-        return _say(error)
+        return say(error)
     if options.dry_run:
         return guarded(lambda: _dry_run(config, options.world_size), None)
     earlier = _ended_before_restart(config)
-    return earlier if earlier is not None else guarded(lambda: _train(config), config)
+    return earlier if earlier is not None else guarded(lambda: _train(config), config.run.dir)
 
 
 def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
@@ -54,14 +49,14 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
         "--print-launch", action="store_true", help="print the processes a model replica needs and run.dir"
     )
     parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="override any configuration key")
-    return parser.parse_args(arguments)
+    return parser.parse_intermixed_args(arguments)
 
 
 def _train(config) -> int:
     from cpt_mega.loop.session import run_session
 
     state, reason = run_session(config, sys.argv[1:])
-    if state == "finished" and config.checkpoint.export_hf == "final" and _is_main():
+    if state == "finished" and config.checkpoint.export_hf == "final" and is_main():
         _export(config)
     return _exit_code(state)
 
@@ -84,48 +79,6 @@ def _dry_run(config, world_size: int | None) -> int:
     return ExitCode.FINISHED
 
 
-def guarded(work, config) -> int:
-    """Runs; an error becomes one line (or a traceback for a fault), a status and an exit code."""
-    quieten()
-    try:
-        return work()
-    except KeyboardInterrupt:
-        return _record(config, "preempted", "interrupted", ExitCode.PREEMPTED)
-    except InputError as error:
-        _say(error)
-        return _record(config, "config_error", str(error), error.exit_code)
-    except CptMegaError as error:
-        print(f"fault: {error}", file=sys.stderr, flush=True)
-        return _record(config, "fault", str(error), error.exit_code)
-    except Exception as error:  # a worker must end with the fault code, whatever went wrong
-        traceback.print_exc()
-        return _record(config, "fault", f"{type(error).__name__}: {error}", ExitCode.FAULT)
-
-
-def _record(config, state: str, reason: str, code: ExitCode) -> int:
-    """Puts an end that the loop did not see into ``status.json``, keeping the step it had come to.
-
-    Any process does it, because the main one may be stopped by torchrun before it can; the first one's reason stands,
-    since the others fail for want of it.
-    """
-    if config is not None:
-        from cpt_mega.loop.run_folder import RunFolder, ended_since, read_status
-
-        folder = Path(config.run.dir)
-        before = read_status(folder) or {}
-        if not ended_since(folder, _STARTED):
-            keep = (
-                before.get("step", 0),
-                before.get("tokens", 0),
-                before.get("run_id", ""),
-                before.get("next_command", ""),
-            )
-            with contextlib.suppress(OSError):  # a folder that cannot be written may be the very error
-                folder.mkdir(parents=True, exist_ok=True)
-                RunFolder(folder, writes=True).status(state, reason, *keep)
-    return code
-
-
 def _ended_before_restart(config) -> int | None:
     """The code of a run that ended otherwise than by a fault, when torchrun restarts its workers all the same."""
     if int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) == 0:
@@ -140,16 +93,6 @@ def _exit_code(state: str) -> int:
     from cpt_mega.loop.run_folder import STATE_CODES
 
     return STATE_CODES[state]
-
-
-def _say(error: InputError) -> int:
-    if _is_main():
-        print(f"error: {error}", file=sys.stderr, flush=True)
-    return error.exit_code
-
-
-def _is_main() -> bool:
-    return os.environ.get("RANK", "0") == "0"
 
 
 if __name__ == "__main__":

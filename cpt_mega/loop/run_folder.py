@@ -9,7 +9,6 @@ import os
 import time
 from pathlib import Path
 
-from cpt_mega.config import Config, resolved_yaml
 from cpt_mega.errors import ExitCode, InputError
 from cpt_mega.lineage import write_json
 
@@ -34,7 +33,7 @@ class RunFolder:
         self.path, self.writes = Path(path), writes
         self._metrics = None
 
-    def open(self, config: Config, ranks: list[dict] | None, step: int) -> None:
+    def open(self, config_yaml: str, ranks: list[dict] | None, step: int) -> None:
         """Makes the folder, writes config.yaml and ranks.json, and drops metrics of steps after ``step``, which will be redone.
 
         Raises InputError when the folder cannot be written.
@@ -43,7 +42,7 @@ class RunFolder:
             return
         try:
             self.path.mkdir(parents=True, exist_ok=True)
-            (self.path / "config.yaml").write_text(resolved_yaml(config))
+            (self.path / "config.yaml").write_text(config_yaml)
             write_json(self.path / "ranks.json", ranks)
             drop_lines_after(self.path / METRICS, step)
             self._metrics = open(self.path / METRICS, "a", buffering=1)  # noqa: SIM115 (lives as long as the run)

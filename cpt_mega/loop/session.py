@@ -11,7 +11,7 @@ import torch
 
 from cpt_mega.checkpoint.restore import Restore, apply_restore, plan_restore
 from cpt_mega.checkpoint.store import TrainerState
-from cpt_mega.config import Config
+from cpt_mega.config import Config, resolved_yaml
 from cpt_mega.data.sources import Source, corpus_identity, open_sources
 from cpt_mega.data.stream import MixedStream, StreamState
 from cpt_mega.engine.mesh import Mesh, start_mesh, stop_mesh, world_size
@@ -66,7 +66,7 @@ def _run(
     state = _trainer_state(config, restore, lineage, mesh)
     folder = RunFolder(run_dir, mesh.is_main)
     ranks = mesh.gather({"rank": mesh.rank, "host": socket.gethostname(), "pid": os.getpid()})
-    folder.open(config, ranks, state.step)
+    folder.open(resolved_yaml(config), ranks, state.step)
     status = _Status(folder, state, command, config.checkpoint.export_hf == "final")
     status.write("running", "")
     reporters = open_reporters(config, run_dir, state.run_id, state.step) if mesh.is_main else []
