@@ -14,8 +14,6 @@ from cpt_mega.config.schema import ParallelOptions
 from cpt_mega.engine.host import CPU, has_gpu
 from cpt_mega.errors import InputError
 
-_started_distributed = False
-
 
 @dataclass(frozen=True)
 class Mesh:
@@ -100,8 +98,7 @@ def start_mesh(parallel: ParallelOptions, seed: int, timeout_s: float = 600.0) -
     """
     world = world_size()
     dp = data_parallel_size(parallel, world)
-    if not dist.is_initialized():
-        _start_distributed(world, timedelta(seconds=timeout_s))
+    _start_distributed(world, timedelta(seconds=timeout_s))
     parallel_state.initialize_model_parallel(
         tensor_model_parallel_size=parallel.tp,
         pipeline_model_parallel_size=parallel.pp,
@@ -117,17 +114,12 @@ def start_mesh(parallel: ParallelOptions, seed: int, timeout_s: float = 600.0) -
 
 
 def stop_mesh() -> None:
-    """Takes core's groups down, and torch.distributed if ``start_mesh`` started it."""
-    global _started_distributed
+    """Takes all groups down; core alone only forgets its own, whose gloo threads then go on for as long as the process."""
     parallel_state.destroy_model_parallel()
-    if _started_distributed:
-        dist.destroy_process_group()
-        _started_distributed = False
+    dist.destroy_process_group()
 
 
 def _start_distributed(world: int, timeout: timedelta) -> None:
-    global _started_distributed
-    _started_distributed = True
     if has_gpu():
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
     backend = "nccl" if has_gpu() else "gloo"

@@ -111,8 +111,14 @@ class Evaluation(NullCallback):
         self.sets, self.folder, self.reporters, self.console = sets, folder, reporters, console
 
     def on_start(self, trainer: Trainer) -> None:
-        if self.sets and trainer.state.step == 0:
-            trainer.state.baseline = by_bucket(self._look(trainer))
+        """Takes the baseline of every bucket that has none: all at step 0, new ones when ``eval.sets`` was changed later."""
+        missing = {held.bucket for held in self.sets} - trainer.state.baseline.keys()
+        if missing:
+            values = by_bucket(self._look(trainer))
+            taken = {bucket: values[bucket] for bucket in sorted(missing)}
+            trainer.state.baseline = {**trainer.state.baseline, **taken}
+            place = {"step": trainer.state.step, "tokens": trainer.state.tokens}
+            self.folder.decide({"kind": "baseline", **place, "perplexity": taken})
 
     def on_step(self, trainer: Trainer, report: StepReport) -> None:
         now = trainer.state.tokens

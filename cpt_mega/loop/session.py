@@ -4,7 +4,7 @@ import os
 import shlex
 import socket
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import torch
@@ -156,11 +156,19 @@ def _introduce(console, config, info, restore, sources, mesh, clock) -> None:
         style="bold",
     )
     console.print(contract_table(f"restore: {restore.mode}", restore.rows))
-    for note in restore.notes:
+    for note in (*restore.notes, *_warnings(config)):
         console.print(f" {note}", style="yellow")
     if sources:
         console.print(sources_table(sources))
     console.print(f" start-up: {clock}", style="dim")
+
+
+def _warnings(config: Config) -> Iterator[str]:
+    """Choices that are allowed and that usually end badly."""
+    if config.data.sources and all(source.role == "domain" for source in config.data.sources):
+        yield "no replay source: what the model knew before gets no gradient; add one with role: replay (20 % is the default)"
+    if config.gates.general_perplexity_limit is not None and all(s.bucket != "general" for s in config.eval.sets):
+        yield "no gate is armed: eval.sets has no set with bucket: general, so forgetting is not watched"
 
 
 class _Status:

@@ -5,6 +5,7 @@ from pathlib import Path
 import torch
 
 from cpt_mega.config import load_config
+from cpt_mega.config.schema import ParallelOptions
 from cpt_mega.engine.mesh import start_mesh, stop_mesh
 from cpt_mega.engine.step import Engine
 from cpt_mega.hf.locate import locate_checkpoint
@@ -40,6 +41,10 @@ def transformers_logits(folder: str, ids: list[int]) -> list:
     """Logits of the reference, computed in a process that has the host's stand-ins and a process group."""
     from transformers import AutoModelForCausalLM
 
-    model = AutoModelForCausalLM.from_pretrained(Path(folder), dtype=torch.float32).eval()
-    with torch.no_grad():
-        return model(torch.tensor([ids])).logits[0].tolist()
+    start_mesh(ParallelOptions(), seed=1)
+    try:
+        model = AutoModelForCausalLM.from_pretrained(Path(folder), dtype=torch.float32).eval()
+        with torch.no_grad():
+            return model(torch.tensor([ids])).logits[0].tolist()
+    finally:
+        stop_mesh()

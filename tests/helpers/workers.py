@@ -12,7 +12,6 @@ import socket
 import subprocess
 import sys
 import traceback
-from datetime import timedelta
 from pathlib import Path
 from threading import Timer
 
@@ -38,7 +37,7 @@ class Workers:
         """Runs ``tests.helpers.jobs.<job>(**arguments)`` on every rank; returns the results in rank order."""
         if not self._processes:
             self._start()
-        line = json.dumps({"job": job, "arguments": arguments}) + "\n"
+        line = json.dumps({"job": job, "arguments": arguments, "port": _free_port()}) + "\n"
         timer = Timer(timeout_s, self._kill)
         timer.start()
         try:
@@ -66,15 +65,11 @@ class Workers:
         return [reply["result"] for reply in replies]
 
     def _start(self) -> None:
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            port = probe.getsockname()[1]
         for rank in range(self.world):
             place = {
                 "RANK": rank,
                 "LOCAL_RANK": rank,
                 "WORLD_SIZE": self.world,
-                "MASTER_PORT": port,
                 "OMP_NUM_THREADS": 1,
             }
             environment = {**os.environ, "MASTER_ADDR": "127.0.0.1", **{k: str(v) for k, v in place.items()}}
@@ -104,18 +99,21 @@ class Workers:
             process.stdin.close()
 
 
+def _free_port() -> int:
+    """Each job forms its groups anew, at a port of its own."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
 def _serve() -> None:
     """One rank: reads jobs from standard input, answers on the original standard output; prints go to the log."""
     answers = os.fdopen(os.dup(1), "w", buffering=1)
     os.dup2(2, 1)
-    import torch.distributed as dist
-
-    import cpt_mega.engine  # noqa: F401 (the host comes before anything of torch is used)
-
-    dist.init_process_group("gloo", timeout=timedelta(seconds=90))
     jobs = importlib.import_module("tests.helpers.jobs")
     for line in sys.stdin:
         request = json.loads(line)
+        os.environ["MASTER_PORT"] = str(request["port"])
         try:
             answer = {"result": getattr(jobs, request["job"])(**request["arguments"])}
         except Exception as error:

@@ -73,6 +73,23 @@ def test_wandb_works_offline_without_an_account(run):
     assert any(path.suffix == ".wandb" and path.stat().st_size > 0 for path in folder.iterdir())
 
 
+def test_a_set_that_is_added_later_gets_a_baseline_then(workers, jobsite, tmp_path):
+    """Without one the gate would be off, and nobody would be told."""
+    run = tmp_path / "run"
+    run.mkdir()
+    (run / "STOP").touch()
+    domain = f"{{path: {jobsite.folder}/domain.heldout, bucket: domain}}"
+    general = f"{{path: {jobsite.folder}/general.heldout, bucket: general}}"
+    words = [f"run.dir={run}", "gates.general_perplexity_limit=0.5"]
+    workers(1).run("train", config=jobsite.config, overrides=[*words, f"eval.sets=[{domain}]"])
+    later = [*words, f"eval.sets=[{domain}, {general}]", "restore.accept=[eval.sets]"]
+    workers(1).run("train", config=jobsite.config, overrides=later)
+    ledger = [json.loads(line) for line in (run / "ledger.jsonl").read_text().splitlines()]
+    taken = [(line["step"], list(line["perplexity"])) for line in ledger if line["kind"] == "baseline"]
+    assert taken == [(0, ["domain"]), (1, ["general"])]
+    assert ledger[-1]["rule"] == "general_perplexity_limit"
+
+
 def test_a_dry_run_prints_the_plan_and_starts_nothing(jobsite, tmp_path):
     run = tmp_path / "run"
     words = [f"run.dir={run}", "parallel.tp=2", "parallel.pp=2", "parallel.sp=true"]
