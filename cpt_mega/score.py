@@ -9,7 +9,7 @@ import argparse
 import sys
 from collections.abc import Sequence
 
-from cpt_mega.loop.entry import guarded
+from cpt_mega.loop.entry import guarded, leave
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -34,4 +34,4 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(int(main()))
+    sys.exit(leave(main()))

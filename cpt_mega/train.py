@@ -6,12 +6,12 @@ megatron-core's checkpoint writer starts a helper process that imports this modu
 
 import argparse
 import os
+import shlex
 import sys
 from collections.abc import Sequence
-from pathlib import Path
 
 from cpt_mega.errors import ExitCode, InputError
-from cpt_mega.loop.entry import guarded, is_main, say
+from cpt_mega.loop.entry import guarded, leave, say
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -30,9 +30,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except InputError as error:
         return say(error)
     if options.dry_run:
-        return guarded(lambda: _dry_run(config, options.world_size), None)
+        return guarded(lambda: _dry_run(config, options), None)
     earlier = _ended_before_restart(config)
-    return earlier if earlier is not None else guarded(lambda: _train(config), config.run.dir)
+    if earlier is not None:
+        return earlier
+    command = _same_command(config, options, int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
+    return guarded(lambda: _train(config, command), config.run.dir)
 
 
 def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
@@ -52,30 +55,27 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     return parser.parse_intermixed_args(arguments)
 
 
-def _train(config) -> int:
+def _train(config, command: str) -> int:
+    from cpt_mega.loop.run_folder import STATE_CODES
     from cpt_mega.loop.session import run_session
 
-    state, reason = run_session(config, sys.argv[1:])
-    if state == "finished" and config.checkpoint.export_hf == "final" and is_main():
-        _export(config)
-    return _exit_code(state)
+    state, _ = run_session(config, command)
+    return STATE_CODES[state]
 
 
-def _export(config) -> None:
-    """Writes the HF checkpoint once; other processes have ended, so no collective waits for it."""
-    from cpt_mega.hf.convert import export_hf
-    from cpt_mega.hf.locate import locate_checkpoint
-
-    target = Path(config.run.dir) / "export"
-    if not target.exists():
-        export_hf(locate_checkpoint(config.run.dir), target)
-    print(f" exported {target}", flush=True)
+def _same_command(config, options: argparse.Namespace, here: int) -> str:
+    """What starts this run (again) with ``here`` processes on this machine."""
+    processes = f"NPROC={here} " if here != config.parallel.model_size else ""
+    return f"{processes}bash launch/torchrun.sh {shlex.join([options.config, *options.overrides])}"
 
 
-def _dry_run(config, world_size: int | None) -> int:
+def _dry_run(config, options: argparse.Namespace) -> int:
     from cpt_mega.loop.dry_run import print_plan
 
-    print_plan(config, world_size or config.parallel.model_size)
+    world = config.parallel.model_size if options.world_size is None else options.world_size
+    if world < 1:
+        raise InputError("--world-size", world, "give the number of processes to plan for, at least 1")
+    print_plan(config, world, _same_command(config, options, world))
     return ExitCode.FINISHED
 
 
@@ -89,11 +89,5 @@ def _ended_before_restart(config) -> int | None:
     return None if status.get("state") in (None, "running", "fault") else status.get("exit_code")
 
 
-def _exit_code(state: str) -> int:
-    from cpt_mega.loop.run_folder import STATE_CODES
-
-    return STATE_CODES[state]
-
-
 if __name__ == "__main__":
-    sys.exit(int(main()))
+    sys.exit(leave(main()))

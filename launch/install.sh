@@ -29,7 +29,7 @@ if ! "$venv/bin/python" -c '' 2>/dev/null; then # missing, cut short, or moved w
   rm -rf "$venv"
   "$python" -m venv "$venv"
 fi
-echo "installing into $venv (pinned by launch/constraints.txt)"
+echo "installing into $venv (pinned by launch/constraints.txt; about a minute)"
 "$venv/bin/python" -m pip install --quiet --disable-pip-version-check --no-warn-script-location \
   --constraint "$root/launch/constraints.txt" --editable "$root${extra:+[$extra]}" 2> >(grep -v '^WARNING: Location' >&2)
 echo "$wanted" >"$stamp"

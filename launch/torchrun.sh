@@ -36,13 +36,16 @@ if [ -z "${OMP_NUM_THREADS:-}" ]; then
 fi
 # A worker that ends otherwise than with 0 has said why; torchrun's own traceback would bury it.
 run='import sys
+from torch.distributed.elastic.multiprocessing.api import SignalException
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 from torch.distributed.run import main
 try:
     main(sys.argv[1:])
-except ChildFailedError:
+except (ChildFailedError, SignalException):
     sys.exit(1)'
-before=$(stat -c %Y.%s "$run_dir/status.json" 2>/dev/null)
+# torchrun answers 1 whatever a worker returns, so the workers leave their own code here.
+export CPT_MEGA_EXIT_CODE_FILE=$(mktemp)
+trap 'rm -f "$CPT_MEGA_EXIT_CODE_FILE"' EXIT
 # The terminal's Ctrl-C reaches torchrun and the trainer by itself; this shell only has to outlive them.
 trap : INT
 trap 'kill -TERM "$child" 2>/dev/null' TERM
@@ -55,15 +58,6 @@ while kill -0 "$child" 2>/dev/null; do
   code=$?
 done
 [ "$code" = 0 ] && exit 0
-# status.json holds the trainer's own code, if this run wrote it.
-after=$(stat -c %Y.%s "$run_dir/status.json" 2>/dev/null)
-if [ -n "$after" ] && [ "$before" != "$after" ]; then
-  "$python" - "$run_dir/status.json" <<'PY'
-import json, sys
-status = json.load(open(sys.argv[1]))
-print(f"{status['state']}: {status['reason']}", file=sys.stderr)
-sys.exit(status["exit_code"] or 70)  # still "running": the trainer was killed before it could say anything
-PY
-  exit $?
-fi
-exit 70
+own=$(head -n 1 "$CPT_MEGA_EXIT_CODE_FILE")
+echo "ended with exit code ${own:-70}; see $run_dir/status.json" >&2
+exit "${own:-70}" # no code: the trainer was killed before it could say anything

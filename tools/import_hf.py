@@ -4,6 +4,7 @@
 import argparse
 import importlib.util
 import json
+import shlex
 import sys
 from pathlib import Path
 
@@ -32,7 +33,7 @@ def show(report: ImportReport) -> None:
         "speed": f"{report.bytes / 1e9 / max(report.seconds, 1e-9):.2f} GB/s, {report.seconds:.1f} s",
     }
     rows |= {f"dropped {name}": why for name, why in report.dropped.items()}
-    next_command = f"bash launch/torchrun.sh CONFIG model.checkpoint={report.output}"
+    next_command = f"bash launch/torchrun.sh CONFIG model.checkpoint={shlex.quote(str(report.output))}"
     print_table(f"imported {report.source} to {report.output}", rows, next_command)
 
 

@@ -61,8 +61,8 @@ def show(report: PreprocessReport, console: Console) -> None:
     counts = f"{report.documents_in:,} = {manifest.documents:,} + {manifest.rejects:,}"
     console.out(f"documents in = documents out + rejects: {counts}", highlight=False)
     path = Path(report.prefix).resolve()
-    console.print("For data.sources in the configuration:")
-    console.out(f"  - {{name: {path.name}, path: {path}, role: domain}}", highlight=False)
+    console.print("For data.sources in the configuration (a held-out corpus goes into eval.sets):")
+    console.out(f"  - {{name: {path.name}, path: {path}, role: domain}}   # or replay, instruct", highlight=False)
 
 
 def main() -> int:
@@ -78,10 +78,10 @@ def main() -> int:
         print("interrupted; nothing was written", file=sys.stderr)
         return INTERRUPTED
     except InputError as error:
-        print(error, file=sys.stderr)
+        print(f"error: {error}", file=sys.stderr)
         return error.exit_code
     except OSError as error:
-        print(InputError("file", error.filename, f"{error.strerror}; give another path"), file=sys.stderr)
+        print("error:", InputError("file", error.filename, f"{error.strerror}; give another path"), file=sys.stderr)
         return InputError.exit_code
     return 0
 

@@ -47,7 +47,7 @@ logging: {{interval_steps: 50}}
 
 TRAIN = """\
 # Continued pretraining of the quickstart's base model on Python source code: copy this file and edit it.
-# Every option: python -m cpt_mega.train --config {dir}/train.yaml --print-config
+# Every option: python -m cpt_mega.train --config THIS_FILE --print-config
 run:
   dir: {dir}/run                        # status, metrics, checkpoints; the same command continues what it finds here
 model:
@@ -174,9 +174,8 @@ class Quickstart:
         self.console.print(_samples_table(found))
         train = _shown(self.folder / "train.yaml")
         self.console.print(f"everything is in {self.folder}", soft_wrap=True)
-        self.console.print(
-            f"next: copy {train}, edit it, and run\n  bash launch/torchrun.sh {train} run.dir=runs/mine", soft_wrap=True
-        )
+        self.console.print(f"next: make it yours\n  cp {train} configs/mine.yaml      # and edit it", soft_wrap=True)
+        self.console.print("  bash launch/torchrun.sh configs/mine.yaml run.dir=runs/mine", soft_wrap=True)
         return 0 if all(passed for _, _, _, passed in checks) else 1
 
 
@@ -391,9 +390,9 @@ def _checks(summary: dict, found: dict) -> list[tuple[str, str, str, bool]]:
     base, unigram = found["base_loss"], found["unigram_entropy"]
     return [
         (
-            "base model's loss against unigram entropy",
+            "sanity: base model's loss, unigram entropy",
             f"{base:.2f} / {unigram:.2f} nats",
-            "below 0.9 of it",
+            "below 0.9 of the entropy",
             base < 0.9 * unigram,
         ),
         ("domain perplexity", _change(summary["perplexity"]["domain"], domain), "-20 % or better", domain <= -0.2),

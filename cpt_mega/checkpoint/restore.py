@@ -37,61 +37,76 @@ _NEVER = ("train.distributed_optimizer",)
 
 
 @dataclass(frozen=True)
-class Restore:
-    """A decision. ``mode`` is ``weights`` or ``full``; ``state`` is the checkpoint's own, None for weights.
-
-    ``rows``: the printed contract, ``(item, "restored" | "fresh" | "refused", note)``. ``notes``: what was passed over.
-    """
+class Start:
+    """Where a run starts: ``mode`` is ``weights`` or ``full``, ``notes`` say what was passed over."""
 
     mode: str
     folder: Path
+    notes: list[str]
+
+
+@dataclass(frozen=True)
+class Restore:
+    """A decision. ``state`` is the checkpoint's own, None for weights.
+
+    ``rows``: the printed contract, ``(item, "restored" | "fresh" | "accepted" | "harmless", note)``.
+    """
+
+    start: Start
     state: TrainerState | None
     same_layout: bool
     rows: list[tuple[str, str, str]] = field(default_factory=list)
-    notes: list[str] = field(default_factory=list)
 
 
-def plan_restore(config: Config, run_dir: Path, lineage: dict, mesh: Mesh) -> Restore:
-    """Decides what is restored from where. A collective.
+def find_start(config: Config, mesh: Mesh) -> Start:
+    """Which checkpoint a run starts from; its files are all verified. A collective.
 
-    Args:
-        config: with ``restore.mode`` and ``restore.accept``.
-        run_dir: whose own checkpoints come first under ``auto`` and ``full``.
-        lineage: this run's, with ``tokenizer_digest`` and ``corpora``; a full restore must find the same.
-        mesh: the processes that share the reading.
-
-    Raises CheckpointError when the checkpoint is missing, damaged or not of the kind the mode needs, and InputError when
-    a field differs that a full restore does not take over without ``restore.accept``.
+    Under ``auto`` and ``full`` the run's own newest comes first, and ``model.checkpoint`` is not looked at then.
+    Raises CheckpointError when what is needed is missing or damaged, or when ``weights`` meets a run that has begun.
     """
-    mode = config.restore.mode
+    mode, run_dir = config.restore.mode, Path(config.run.dir)
     own, notes = newest_checkpoint(run_dir, mesh)
     if mode == "weights" and own is not None:
         fix = f"already holds {own.name}; continue it with restore.mode=auto, or give the new run another run.dir"
         raise CheckpointError("run.dir", str(run_dir), fix)
-    if own is None and notes:
+    if own is not None:
+        return Start("full", own, notes)
+    if notes:
         fix = f"no checkpoint of this run can be used ({'; '.join(notes)}); remove the folder or name another run.dir"
         raise CheckpointError("run.dir", str(run_dir), fix)
-    if own is None:
-        start = locate_checkpoint(config.model.checkpoint, "model.checkpoint")
-        problem = checkpoint_problem(start, mesh)
-        if problem is not None:
-            raise CheckpointError("model.checkpoint", str(start), f"{problem}; name another checkpoint or import again")
-        if mode != "full":
-            return _weights(start, notes)
-        own = start
-    return _full(config, own, lineage, mesh, notes)
+    start = locate_checkpoint(config.model.checkpoint, "model.checkpoint")
+    problem = checkpoint_problem(start, mesh)
+    if problem is not None:
+        raise CheckpointError("model.checkpoint", str(start), f"{problem}; name another checkpoint or import again")
+    return Start("full" if mode == "full" else "weights", start, notes)
+
+
+def plan_restore(config: Config, start: Start, lineage: dict, layout: dict[str, int]) -> Restore:
+    """Decides what is restored, what is fresh and what is refused, before anything is loaded.
+
+    Args:
+        config: with ``restore.accept``.
+        start: from ``find_start``.
+        lineage: this run's: ``tokenizer_digest``, ``corpora`` by source and ``eval`` by bucket.
+        layout: ``{"tp", "pp", "dp"}`` of this run.
+
+    Raises CheckpointError when a full restore finds weights only, and InputError when a field or a corpus differs that a
+    full restore does not take over without ``restore.accept``.
+    """
+    return _weights(start) if start.mode == "weights" else _full(config, start, lineage, layout)
 
 
 def apply_restore(restore: Restore, engine: Engine) -> None:
     """Loads what the decision says. Raises CheckpointError naming the tensor that does not fit."""
-    unexpected = engine_state.unexpected_tensors(engine, restore.folder)
+    folder = restore.start.folder
+    unexpected = engine_state.unexpected_tensors(engine, folder)
     if unexpected:
         fix = f"holds tensor {unexpected[0]}, which the model has not ({len(unexpected)} such)"
-        raise CheckpointError("checkpoint", str(restore.folder), fix)
-    if restore.mode == "full":
-        engine_state.load_everything(engine, restore.folder, restore.same_layout)
+        raise CheckpointError("checkpoint", str(folder), fix)
+    if restore.start.mode == "full":
+        engine_state.load_everything(engine, folder, restore.same_layout)
     else:
-        engine_state.load_weights(engine, restore.folder)
+        engine_state.load_weights(engine, folder)
 
 
 def differing_fields(old: dict, new: dict, prefix: str = "") -> Iterator[tuple[str, Any, Any]]:
@@ -104,7 +119,7 @@ def differing_fields(old: dict, new: dict, prefix: str = "") -> Iterator[tuple[s
             yield f"{prefix}{name}", before, after
 
 
-def _weights(folder: Path, notes: list[str]) -> Restore:
+def _weights(start: Start) -> Restore:
     fresh = {
         "master weights": "made from the weights",
         "optimizer moments": "zero",
@@ -114,29 +129,54 @@ def _weights(folder: Path, notes: list[str]) -> Restore:
         "generators": "from train.seed",
         "gate baseline": "taken at step 0",
     }
-    rows = [("weights", "restored", str(folder)), *((item, "fresh", note) for item, note in fresh.items())]
-    return Restore("weights", folder, None, False, rows, notes)
+    rows = [("weights", "restored", str(start.folder)), *((item, "fresh", note) for item, note in fresh.items())]
+    return Restore(start, None, False, rows)
 
 
-def _full(config: Config, folder: Path, lineage: dict, mesh: Mesh, notes: list[str]) -> Restore:
-    state = read_state(folder)
-    if not engine_state.has_optimizer(folder):
-        raise CheckpointError("restore.mode", "full", f"{folder} holds no optimizer state; use restore.mode=weights")
-    layout = {"tp": mesh.tp, "pp": mesh.pp, "dp": mesh.dp}
-    same = state.layout == layout
-    differences = list(differing_fields(state.config, config.model_dump(mode="json")))
+def _full(config: Config, start: Start, lineage: dict, layout: dict[str, int]) -> Restore:
+    state = read_state(start.folder)
+    if not engine_state.has_optimizer(start.folder):
+        fix = f"{start.folder} holds no optimizer state; use restore.mode=weights"
+        raise CheckpointError("restore.mode", "full", fix)
+    differences = list(differing_fields(_comparable(state.config), _comparable(config.model_dump(mode="json"))))
     _check_lineage(config, state.lineage, lineage)
     _check_accepted(config, differences)
-    rows = [("weights", "restored", str(folder))]
+    stale = [bucket for bucket in state.baseline if _differs(state.lineage["eval"], lineage["eval"], bucket)]
+    for bucket in stale:  # what was measured on other items is no baseline
+        del state.baseline[bucket]
+    same = state.layout == layout
+    rows = [("weights", "restored", str(start.folder))]
     rows += [(item, "restored", "bit for bit") for item in ("master weights", "optimizer moments")]
     rows.append(("step and tokens", "restored", f"step {state.step}, {state.tokens:,} tokens"))
-    rows += [(item, "restored", "") for item in ("learning-rate schedule", "data cursors", "gate baseline")]
-    generators = "" if same else f"saved at {state.layout}, now {layout}"
-    rows.append(("generators", "restored" if same else "fresh", generators))
+    rows += [(item, "restored", "") for item in ("learning-rate schedule", "data cursors")]
+    rows += [("gate baseline", "restored", ", ".join(state.baseline))] if state.baseline else []
+    rows += [("gate baseline", "fresh", f"{', '.join(stale)}: the items are others now")] if stale else []
+    rows.append(
+        ("generators", "restored", "") if same else ("generators", "fresh", f"saved at {state.layout}, now {layout}")
+    )
     for name, before, after in differences:
         what = "accepted" if _matches(name, _NEEDS_ACCEPTANCE) else "harmless"
-        rows.append((name, what, f"{before!r} is now {after!r}"))
-    return Restore("full", folder, state, same, rows, notes)
+        rows.append((name, what, f"{_short(before)} is now {_short(after)}"))
+    return Restore(start, state, same, rows)
+
+
+def _comparable(config: dict) -> dict:
+    """A configuration without the places of corpora: their content is compared, by digest, and may lie anywhere."""
+
+    def placeless(entries: list[dict]) -> list[dict]:
+        return [{key: value for key, value in entry.items() if key != "path"} for entry in entries]
+
+    data, evaluation = config["data"], config["eval"]
+    return {
+        **config,
+        "data": {**data, "sources": placeless(data["sources"])},
+        "eval": {**evaluation, "sets": placeless(evaluation["sets"])},
+    }
+
+
+def _differs(before: dict, now: dict, name: str) -> bool:
+    """Whether something both know by a name has another digest."""
+    return name in before and name in now and before[name] != now[name]
 
 
 def _check_lineage(config: Config, before: dict, now: dict) -> None:
@@ -145,12 +185,19 @@ def _check_lineage(config: Config, before: dict, now: dict) -> None:
         fix = f"the checkpoint was trained with tokenizer {before['tokenizer_digest'][:12]}; use that one, or a new run"
         raise InputError("tokenizer.path", now["tokenizer_digest"][:12], fix)
     for name, digest in now["corpora"].items():
-        if before["corpora"].get(name, digest) != digest and not _matches("data.sources", config.restore.accept):
+        if _differs(before["corpora"], now["corpora"], name) and not _matches("data.sources", config.restore.accept):
             fix = (
                 "the corpus is not the one the checkpoint was trained on, so its cursor means other rows; bring the old "
                 "one back, give the new one another name, or accept it with restore.accept=[data.sources]"
             )
             raise InputError(f"data.sources {name}", digest[:12], fix)
+    for bucket, digest in now["eval"].items():
+        if _differs(before["eval"], now["eval"], bucket) and not _matches("eval.sets", config.restore.accept):
+            fix = (
+                "the items are not those the baseline was measured on; bring them back, or accept it with "
+                "restore.accept=[eval.sets] and a new baseline is taken"
+            )
+            raise InputError(f"eval.sets {bucket}", digest[:12], fix)
 
 
 def _check_accepted(config: Config, differences: list[tuple[str, Any, Any]]) -> None:
@@ -160,10 +207,16 @@ def _check_accepted(config: Config, differences: list[tuple[str, Any, Any]]) -> 
             raise InputError(name, after, fix)
         if _matches(name, _NEEDS_ACCEPTANCE) and not _matches(name, config.restore.accept):
             fix = (
-                f"the checkpoint was trained with {before!r}; restore that value, accept the change with "
+                f"the checkpoint was trained with {_short(before)}; restore that value, accept the change with "
                 f"restore.accept=[{name}], or start a new run with restore.mode=weights and another run.dir"
             )
             raise InputError(name, after, fix)
+
+
+def _short(value: Any) -> str:
+    """A value as text of one line at most; lists of options can be long."""
+    text = repr(value)
+    return text if len(text) <= 120 else f"{text[:117]}..."
 
 
 def _matches(name: str, fields: tuple[str, ...] | list[str]) -> bool:

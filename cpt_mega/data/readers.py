@@ -4,6 +4,7 @@ A reader is a function ``(path, field) -> iterator of chunks``, registered in ``
 """
 
 import os
+from codecs import BOM_UTF8
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -81,6 +82,8 @@ def read_jsonl(path: str, field: str) -> Iterator[JsonlChunk]:
     """Chunks of about one MiB that end at line ends; a longer line is a chunk of its own."""
     line = 1
     with open(path, "rb") as stream:
+        if stream.read(len(BOM_UTF8)) != BOM_UTF8:  # some editors put one at the start; it is no part of the first line
+            stream.seek(0)
         while lines := stream.readlines(CHUNK_BYTES):
             yield JsonlChunk(path, line, b"".join(lines), field)
             line += len(lines)

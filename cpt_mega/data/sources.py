@@ -36,13 +36,13 @@ class Source:
     vocab_size: int | None = None
 
 
-def corpus_identity(source: Source) -> str:
-    """What a source's tokens are called in lineage: the manifest's content digest, else the SHA-256 of its index.
+def corpus_identity(prefix: str) -> str:
+    """What a corpus is called in lineage: the manifest's content digest, else the SHA-256 of its index.
 
     The index fixes the documents' lengths, so a data cursor means the same row; only a manifest vouches for tokens.
     """
-    manifest = load_manifest(source.corpus.prefix)
-    return manifest.content_digest if manifest else file_digest(f"{source.corpus.prefix}.idx")
+    manifest = load_manifest(prefix)
+    return manifest.content_digest if manifest else file_digest(f"{prefix}.idx")
 
 
 def default_weights(roles: Sequence[str], weights: Sequence[float | None]) -> list[float]:

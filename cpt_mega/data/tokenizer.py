@@ -2,8 +2,9 @@
 
 Two kinds of tokenizers, behind one small interface (``TextEncoder``), so that a faster encoder can take a place
 beside them. Special tokens are never added by the encoders: BOS and EOS are this module's business, and follow the
-tokenizer's own habit. A special token that occurs literally in a text is encoded as the encoder at hand does it:
-``tokenizers`` makes the special id of it (as transformers does), SentencePiece spells it out.
+tokenizer's own habit. A special token that occurs literally in a text is text: it is spelt out, as
+transformers does under ``split_special_tokens=True``. Otherwise source code that mentions ``<|endoftext|>`` would end
+documents in their middle, and a scraped page could speak in the template's own voice.
 """
 
 import json
@@ -131,6 +132,7 @@ def _load_hf(cls: type[TextTokenizer], path: Path) -> TextTokenizer:
         tokenizer = tokenizers.Tokenizer.from_file(str(path))
     except Exception as error:  # the library raises bare Exception
         raise InputError("tokenizer", str(path), f"cannot be read ({error}); copy it again") from error
+    tokenizer.encode_special_tokens = True  # literally in a text they are text
     encoder = HFEncoder(tokenizer)
     bos_id, eos_id = (_special_id(path.parent, name, tokenizer.token_to_id) for name in ("bos", "eos"))
     with_specials = tokenizer.encode(PROBE_TEXT, add_special_tokens=True).ids

@@ -3,9 +3,12 @@
 Shapes: t tokens of all rows of a micro-batch, n query heads, g key/value groups, d head size (per tensor-parallel rank).
 """
 
+from contextlib import nullcontext
+
 import torch
 import torch.nn.functional as F
 from megatron.core.packed_seq_params import PackedSeqParams
+from megatron.core.tensor_parallel import get_cuda_rng_tracker
 from torch import Tensor
 
 
@@ -45,7 +48,7 @@ class HostAttention(torch.nn.Module):
         **unused,
     ):
         super().__init__()
-        self.scale = softmax_scale
+        self.scale, self.sequence_parallel = softmax_scale, config.sequence_parallel
         self.dropout = config.attention_dropout if attention_dropout is None else attention_dropout
 
     def forward(
@@ -63,8 +66,14 @@ class HostAttention(torch.nn.Module):
         bounds = packed_seq_params.cu_seqlens_q.tolist()
         lengths = [end - start for start, end in zip(bounds, bounds[1:], strict=False)]
         q, k, v = (x.transpose(0, 1).unsqueeze(0).split(lengths, dim=2) for x in (query, key, value))
-        documents = [self._attend(*document) for document in zip(q, k, v, strict=True)]
+        with self._generator():
+            documents = [self._attend(*document) for document in zip(q, k, v, strict=True)]
         return torch.cat(documents, dim=2).squeeze(0).transpose(0, 1).reshape(query.size(0), -1)
+
+    def _generator(self):
+        """Dropout of heads that tensor-parallel ranks share out is drawn apart; under SP the whole block already is."""
+        shared_out = self.dropout > 0.0 and self.training and not self.sequence_parallel
+        return get_cuda_rng_tracker().fork() if shared_out else nullcontext()
 
     def _attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         return F.scaled_dot_product_attention(

@@ -106,8 +106,9 @@ def start_mesh(parallel: ParallelOptions, seed: int, timeout_s: float = 600.0) -
         expert_model_parallel_size=parallel.ep,
         create_gloo_process_groups=False,
     )
-    torch.manual_seed(seed)
-    model_parallel_cuda_manual_seed(seed)
+    stage_seed = seed + 100 * parallel_state.get_pipeline_model_parallel_rank()  # as Megatron-LM has it
+    torch.manual_seed(stage_seed)
+    model_parallel_cuda_manual_seed(stage_seed)
     control = dist.new_group(backend="gloo") if has_gpu() else dist.group.WORLD
     groups = ProcessGroupCollection.use_mpu_process_groups()
     return Mesh(parallel.tp, parallel.pp, dp, dist.get_rank(), world, groups, control)

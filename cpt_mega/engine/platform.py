@@ -11,7 +11,7 @@ from cpt_mega.hf.shape import VOCAB_MULTIPLE, ModelShape
 def check_layout(config: Config, shape: ModelShape, world: int) -> None:
     """Raises InputError for the first thing that cannot be; ``world`` is the number of processes."""
     dp = data_parallel_size(config.parallel, world)
-    for wrong, field, value, fix in (*_parallel_rules(config, shape), *_batch_rules(config, dp)):
+    for wrong, field, value, fix in (*_parallel_rules(config, shape), *_batch_rules(config, shape, dp)):
         if wrong:
             raise InputError(field, value, fix)
 
@@ -29,7 +29,7 @@ def _parallel_rules(config: Config, shape: ModelShape) -> Iterator[tuple[bool, s
     yield not fits, "parallel.tp", p.tp, f"must divide, or be a multiple of, the model's {groups} key/value heads"
 
 
-def _batch_rules(config: Config, dp: int) -> Iterator[tuple[bool, str, object, str]]:
+def _batch_rules(config: Config, shape: ModelShape, dp: int) -> Iterator[tuple[bool, str, object, str]]:
     train, p = config.train, config.parallel
     per_pass = train.micro_batch_size * dp
     yield (
@@ -45,3 +45,6 @@ def _batch_rules(config: Config, dp: int) -> Iterator[tuple[bool, str, object, s
         train.seq_length,
         f"must be a multiple of parallel.tp {p.tp} under sequence parallelism",
     )
+    longest = shape.max_positions
+    fix = f"the model has {longest} positions; use rows of at most that many tokens"
+    yield train.seq_length > longest, "train.seq_length", train.seq_length, fix

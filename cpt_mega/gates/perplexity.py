@@ -47,7 +47,7 @@ def open_eval_sets(config: Config, tokenizer_digest: str, vocab_size: int) -> li
     sets = []
     for option in config.eval.sets:
         corpus = open_corpus(f"eval.sets {option.bucket}", option.path, tokenizer_digest, vocab_size)
-        _, plan = heldout_rows(corpus, config.train.seq_length, config.eval.max_tokens)
+        plan = heldout_rows(corpus, config.train.seq_length, config.eval.max_tokens)
         sets.append(HeldOut(Path(option.path).name, option.bucket, corpus, plan))
     return sets
 

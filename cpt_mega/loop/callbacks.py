@@ -44,9 +44,9 @@ class Logging(NullCallback):
         self._since: list[StepReport] = []
 
     def on_step(self, trainer: Trainer, report: StepReport) -> None:
-        self._since.append(report)
         if not self.folder.writes:
             return
+        self._since.append(report)
         self.folder.metric(self._metric(trainer, report))
         if report.step % trainer.config.logging.interval_steps == 0 or trainer.budget_reached:
             self._say(trainer, report)
@@ -119,6 +119,9 @@ class Evaluation(NullCallback):
             trainer.state.baseline = {**trainer.state.baseline, **taken}
             place = {"step": trainer.state.step, "tokens": trainer.state.tokens}
             self.folder.decide({"kind": "baseline", **place, "perplexity": taken})
+        if trainer.state.gate_stop:  # a verdict holds until the same judge says otherwise
+            trainer.state.gate_stop = ""
+            self._judge(trainer)
 
     def on_step(self, trainer: Trainer, report: StepReport) -> None:
         now = trainer.state.tokens
@@ -134,6 +137,7 @@ class Evaluation(NullCallback):
         place = {"step": trainer.state.step, "tokens": trainer.state.tokens}
         self.folder.decide({"kind": "verdict", **place, **verdict.to_json()})
         if verdict.action == "stop":
+            trainer.state.gate_stop = verdict.reason
             trainer.stop("gate_stop", verdict.reason)
 
     def _verdict(self, trainer: Trainer, now: dict[str, float]) -> Verdict | None:

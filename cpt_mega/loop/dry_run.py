@@ -1,44 +1,46 @@
 """``--dry-run``: everything a run checks at its start, in one process and without memory, and the plan it would follow."""
 
-from pathlib import Path
-
 from rich.table import Table
 
+from cpt_mega.checkpoint.restore import find_start, plan_restore
 from cpt_mega.config import Config
 from cpt_mega.config.schedule import LearningRate
+from cpt_mega.config.schema import ParallelOptions
+from cpt_mega.engine.mesh import data_parallel_size, start_mesh, stop_mesh
 from cpt_mega.engine.plan import plan_ranks
 from cpt_mega.engine.platform import check_layout
-from cpt_mega.errors import CheckpointError
-from cpt_mega.gates.perplexity import open_eval_sets
-from cpt_mega.hf.locate import locate_checkpoint
-from cpt_mega.hf.model_info import ModelInfo, read_model_info
-from cpt_mega.lineage import damaged_files, sealed_files
-from cpt_mega.loop.console import make_console, sources_table
-from cpt_mega.loop.session import open_data
+from cpt_mega.hf.model_info import ModelInfo
+from cpt_mega.loop.console import contract_table, make_console, sources_table
+from cpt_mega.loop.inputs import open_inputs
 
 
-def print_plan(config: Config, world: int) -> None:
+def print_plan(config: Config, world: int, command: str) -> None:
     """Checks configuration, checkpoint, layout and data for ``world`` processes and prints what would happen.
 
     Raises InputError for the first thing that would stop the run.
     """
-    start = locate_checkpoint(config.model.checkpoint, "model.checkpoint")
-    damaged = damaged_files(start, sealed_files(start))
-    if damaged:
-        raise CheckpointError("model.checkpoint", str(start), f"damaged: {', '.join(damaged)}; import it again")
-    info = read_model_info(start)
-    check_layout(config, info.shape, world)
-    sources, digest = open_data(config, info)
-    sets = open_eval_sets(config, digest, info.shape.vocab_size)
+    dp = data_parallel_size(config.parallel, world)
+    mesh = start_mesh(ParallelOptions(), config.train.seed)
+    try:
+        start = find_start(config, mesh)
+    finally:
+        stop_mesh()
+    inputs = open_inputs(config, start)
+    check_layout(config, inputs.info.shape, world)
+    layout = {"tp": config.parallel.tp, "pp": config.parallel.pp, "dp": dp}
+    restore = plan_restore(config, start, inputs.lineage, layout)
     console = make_console()
-    console.print(_model_table(config, info, world))
-    console.print(_ranks_table(config, info, world))
-    if sources:
-        console.print(sources_table(sources))
-    for held in sets:
+    console.print(_model_table(config, inputs.info, world))
+    console.print(_ranks_table(config, inputs.info, world))
+    console.print(contract_table(f"restore: {start.mode}", restore.rows))
+    if inputs.sources:
+        console.print(sources_table(inputs.sources))
+    for note in (*start.notes, *inputs.warnings):
+        console.print(f" {note}", style="yellow")
+    for held in inputs.sets:
         console.print(f" evaluates {held.bucket}: {held.name}, {int(held.plan.row_tokens.sum()):,} tokens")
     console.print(" everything checked; nothing was started", style="bold green")
-    console.print(f" next: NPROC={world} bash launch/torchrun.sh CONFIG    (writes {Path(config.run.dir)})")
+    console.print(f" next: {command}    (writes {config.run.dir})")
 
 
 def _model_table(config: Config, info: ModelInfo, world: int) -> Table:

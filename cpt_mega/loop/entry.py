@@ -13,6 +13,7 @@ from cpt_mega.loop.noise import quieten
 from cpt_mega.loop.run_folder import RunFolder, ended_since, read_status
 
 _STARTED = time.time()
+_AFTER_MAIN_S = 0.5
 
 
 def guarded(work: Callable[[], int], run_dir: str | None) -> int:
@@ -26,7 +27,7 @@ def guarded(work: Callable[[], int], run_dir: str | None) -> int:
         say(error)
         return _record(run_dir, "config_error", str(error), error.exit_code)
     except CptMegaError as error:
-        print(f"fault: {error}", file=sys.stderr, flush=True)
+        print(f"{_who()}fault: {error}", file=sys.stderr, flush=True)
         return _record(run_dir, "fault", str(error), error.exit_code)
     except Exception as error:  # a worker must end with the fault code, whatever went wrong
         traceback.print_exc()
@@ -42,7 +43,8 @@ def _record(run_dir: str | None, state: str, reason: str, code: ExitCode) -> int
     if run_dir is not None:
         folder = Path(run_dir)
         before = read_status(folder) or {}
-        if not ended_since(folder, _STARTED):
+        mistaken = state == "config_error" and bool(before)  # says nothing of the run that stands in the folder
+        if not mistaken and not ended_since(folder, _STARTED):
             keep = (
                 before.get("step", 0),
                 before.get("tokens", 0),
@@ -56,12 +58,25 @@ def _record(run_dir: str | None, state: str, reason: str, code: ExitCode) -> int
 
 
 def say(error: InputError) -> int:
-    """Prints the line once, on the main process; returns its exit code."""
-    if is_main():
-        print(f"error: {error}", file=sys.stderr, flush=True)
+    """Prints the error as one line; returns its exit code. What every process meets alike, the main one says first."""
+    if os.environ.get("RANK", "0") != "0":
+        time.sleep(_AFTER_MAIN_S)  # torchrun ends the others as soon as one has ended
+    print(f"{_who()}error: {error}", file=sys.stderr, flush=True)
     return error.exit_code
 
 
-def is_main() -> bool:
-    """Whether this is the process that speaks; asked of torchrun's environment."""
-    return os.environ.get("RANK", "0") == "0"
+def leave(code: int) -> int:
+    """Hands the exit code to the launcher, which cannot learn it from torchrun; returns it for ``sys.exit``.
+
+    The first process that ends otherwise than well decides: the others fail for want of it.
+    """
+    handover = os.environ.get("CPT_MEGA_EXIT_CODE_FILE")
+    if handover and code:
+        with contextlib.suppress(OSError), open(handover, "a") as stream:
+            stream.write(f"{int(code)}\n")
+    return int(code)
+
+
+def _who() -> str:
+    rank = os.environ.get("RANK", "0")
+    return "" if rank == "0" else f"[rank {rank}] "

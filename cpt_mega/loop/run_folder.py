@@ -4,17 +4,20 @@ Only the main process writes. ``metrics.jsonl`` holds one line a step and one a 
 """
 
 import contextlib
+import fcntl
 import json
 import os
+import socket
 import time
 from pathlib import Path
 
-from cpt_mega.errors import ExitCode, InputError
+from cpt_mega.errors import ExitCode
 from cpt_mega.lineage import write_json
 
 STATUS = "status.json"
 METRICS = "metrics.jsonl"
 LEDGER = "ledger.jsonl"
+LOCK = ".lock"
 STOP, SAVE = "STOP", "SAVE"
 
 STATE_CODES = {
@@ -31,25 +34,45 @@ class RunFolder:
 
     def __init__(self, path: str | Path, writes: bool):
         self.path, self.writes = Path(path), writes
-        self._metrics = None
+        self._metrics = self._lock = None
 
-    def open(self, config_yaml: str, ranks: list[dict] | None, step: int) -> None:
-        """Makes the folder, writes config.yaml and ranks.json, and drops metrics of steps after ``step``, which will be redone.
+    def claim(self) -> str | None:
+        """Makes the folder this process' own for as long as it lives; why it cannot be, or None.
 
-        Raises InputError when the folder cannot be written.
+        The lock is the kernel's (flock), so it ends with the process however that ends.
+        """
+        if not self.writes:
+            return None
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+            self._lock = open(self.path / LOCK, "a+")  # noqa: SIM115 (held until the process ends)
+            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            self._lock.seek(0)
+            return f"another run is writing here ({self._lock.read().strip()}); wait for it, or name another run.dir"
+        except OSError as error:
+            return f"cannot be written ({error.strerror}); name another"
+        self._lock.truncate(0)
+        self._lock.write(f"pid {os.getpid()} on {socket.gethostname()}\n")
+        self._lock.flush()
+        return None
+
+    def open(self, config_yaml: str, ranks: list[dict] | None, step: int | None) -> None:
+        """Makes the folder, writes config.yaml and ranks.json, and drops the metrics of what will be done again.
+
+        Args:
+            config_yaml: the resolved configuration.
+            ranks: one entry a process.
+            step: the restored step, whose lines and earlier ones are kept; None for a run that starts anew.
+
+        The folder must have been claimed.
         """
         if not self.writes:
             return
-        try:
-            self.path.mkdir(parents=True, exist_ok=True)
-            (self.path / "config.yaml").write_text(config_yaml)
-            write_json(self.path / "ranks.json", ranks)
-            drop_lines_after(self.path / METRICS, step)
-            self._metrics = open(self.path / METRICS, "a", buffering=1)  # noqa: SIM115 (lives as long as the run)
-        except OSError as error:
-            raise InputError(
-                "run.dir", str(self.path), f"cannot be written ({error.strerror}); name another"
-            ) from error
+        (self.path / "config.yaml").write_text(config_yaml)
+        write_json(self.path / "ranks.json", ranks)
+        drop_lines_after(self.path / METRICS, -1 if step is None else step)
+        self._metrics = open(self.path / METRICS, "a", buffering=1)  # noqa: SIM115 (lives as long as the run)
 
     def status(self, state: str, reason: str, step: int, tokens: int, run_id: str, next_command: str) -> None:
         """Writes ``status.json``; ``exit_code`` is null while the run is running."""
@@ -93,8 +116,10 @@ class RunFolder:
             (self.path / name).unlink(missing_ok=True)
 
     def close(self) -> None:
-        if self._metrics is not None:
-            self._metrics.close()
+        """Ends the metrics and gives the folder up."""
+        for stream in (self._metrics, self._lock):
+            if stream is not None:
+                stream.close()
 
 
 def read_status(run_dir: str | Path) -> dict | None:

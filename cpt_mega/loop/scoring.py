@@ -26,6 +26,7 @@ from cpt_mega.errors import CheckpointError, ExitCode, InputError
 from cpt_mega.hf.convert import import_hf
 from cpt_mega.hf.locate import locate_checkpoint
 from cpt_mega.hf.model_info import read_model_info
+from cpt_mega.hf.shape import VOCAB_MULTIPLE
 
 _CHUNK_ROWS = 64  # held in memory at a time
 _SECTIONS = ("parallel.", "precision")
@@ -90,7 +91,11 @@ def _scoring_config(overrides: Sequence[str]) -> Config:
     values = {
         "run": {"dir": "."},
         "model": {"checkpoint": "."},
-        "train": {"tokens": 0, "global_batch_size": world_size(), "seq_length": 1 << 20},
+        "train": {
+            "tokens": 0,
+            "global_batch_size": world_size(),
+            "seq_length": VOCAB_MULTIPLE,
+        },  # rows bring their own length,
     }
     return build_config(values, overrides)
 
@@ -116,14 +121,13 @@ def _score_all(engine: Engine, mesh: Mesh, source: Path, target: Path) -> None:
                 for line in _score_chunk(engine, mesh, chunk):
                     output.write(line + "\n")
                 progress.advance(task, len(chunk))
+        if mesh.is_main:
+            os.replace(building, target)
     except OSError as error:
         raise InputError("--output", str(target), f"cannot be written ({error.strerror})") from error
-    except BaseException:
+    finally:
         if mesh.is_main:
             building.unlink(missing_ok=True)
-        raise
-    if mesh.is_main:
-        os.replace(building, target)
 
 
 def _score_chunk(engine: Engine, mesh: Mesh, chunk: list[ScoreRow]) -> list[str]:
@@ -185,7 +189,7 @@ def _parse_row(line: str, where: str, multiple: int, vocab_size: int) -> ScoreRo
         ids = value["ids"]
         lengths = value.get("doc_lengths") or [len(ids)]
         whole = [type(x) is int for x in (*ids, *lengths)]
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise InputError(where, line.strip()[:80], 'a row is {"id", "ids": [...], "doc_lengths": [...]}') from error
     if not ids or not all(whole) or min(lengths) < 1:
         raise InputError(

@@ -1,11 +1,14 @@
 """What a restore takes over, what it starts afresh, and what it refuses by name."""
 
+import fcntl
 import json
+import shutil
 
 import numpy as np
 import pytest
 
-from cpt_mega.lineage import seal_folder
+from cpt_mega.hf.convert import export_hf, import_hf
+from cpt_mega.lineage import file_digest, seal_folder
 from tests.helpers.jobsite import checkpoint_tensors, metrics, random_documents, write_documents
 from tests.helpers.workers import JobFailed
 
@@ -112,8 +115,6 @@ def test_another_corpus_under_the_same_name_is_refused(workers, jobsite, stopped
 
 def test_a_checkpoint_of_another_shape_is_refused_by_tensor(workers, jobsite, tmp_path):
     """model.json that promises another model than the tensors hold, sealed all the same."""
-    import shutil
-
     lying = tmp_path / "lying"
     shutil.copytree(jobsite.checkpoint, lying)
     model = json.loads((lying / "model.json").read_text())
@@ -131,3 +132,53 @@ def test_a_checkpoint_of_another_shape_is_refused_by_tensor(workers, jobsite, tm
 def test_missing_and_damaged_starts_are_refused(workers, jobsite, tmp_path):
     assert "no such folder" in _refused(workers, jobsite, tmp_path / "run", f"model.checkpoint={tmp_path}/none")
     assert "import it first" in _refused(workers, jobsite, tmp_path / "run", f"model.checkpoint={jobsite.hf}")
+
+
+def test_a_run_goes_on_as_the_model_it_was(workers, jobsite, tmp_path):
+    """model.checkpoint is where a run started; naming another model there changes nothing of a run that has begun."""
+    other = tmp_path / "other"
+    shutil.copytree(jobsite.hf, other / "hf")
+    config = json.loads((other / "hf" / "config.json").read_text())
+    (other / "hf" / "config.json").write_text(json.dumps({**config, "rms_norm_eps": 0.1}))
+    import_hf(other / "hf", other / "import")
+    losses = []
+    for name, words in (("same", []), ("other", [f"model.checkpoint={other}/import"])):
+        run = tmp_path / name
+        run.mkdir()
+        (run / "STOP").touch()
+        _train(workers, jobsite, run)
+        assert _train(workers, jobsite, run, *words)[0] == "finished"
+        losses.append([line["loss"] for line in metrics(run, "train")])
+    assert losses[0] == losses[1]
+
+
+def test_the_export_of_an_extended_run_is_the_extended_model(workers, jobsite, tmp_path):
+    run = tmp_path / "run"
+    words = ["checkpoint.export_hf=final", "schedule.kind=constant"]
+    _train(workers, jobsite, run, *words)
+    first = file_digest(run / "export" / "model.safetensors")
+    _train(workers, jobsite, run, *words, "train.tokens=2000", "restore.accept=[train.tokens]")
+    assert file_digest(run / "export" / "model.safetensors") != first
+    export_hf(run, tmp_path / "again")
+    assert file_digest(run / "export" / "model.safetensors") == file_digest(tmp_path / "again" / "model.safetensors")
+    assert sorted(path.name for path in run.iterdir() if path.name.startswith(".")) == [".lock"]
+
+
+def test_moving_a_corpus_is_no_change(workers, jobsite, stopped, tmp_path):
+    for name in ("domain", "replay"):
+        for end in ("bin", "idx"):
+            shutil.copy(jobsite.folder / f"{name}.{end}", tmp_path)
+    sources = ", ".join(f"{{name: {name}, path: {tmp_path}/{name}, role: {name}}}" for name in ("domain", "replay"))
+    words = [f"model.checkpoint={stopped}", "restore.mode=full", f"data.sources=[{sources}]"]
+    assert _train(workers, jobsite, tmp_path / "run", *words)[0] == "finished"
+
+
+def test_two_runs_in_one_folder_are_refused(workers, jobsite, tmp_path):
+    run = tmp_path / "run"
+    run.mkdir()
+    with open(run / ".lock", "w") as lock:
+        lock.write("pid 1 on there\n")
+        lock.flush()
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        assert "another run is writing here (pid 1 on there)" in _refused(workers, jobsite, run)
+    assert _train(workers, jobsite, run)[0] == "finished"

@@ -8,11 +8,14 @@ from tests.helpers.corpora import counting_corpus
 
 @pytest.mark.parametrize(("max_tokens", "expected"), [(10, 10), (3, 3), (100, 12)])
 def test_the_first_tokens_in_document_order(tmp_path, max_tokens, expected):
-    corpus, plan = heldout_rows(counting_corpus(tmp_path / "c", [4, 5, 3]), 4, max_tokens)
+    corpus = counting_corpus(tmp_path / "c", [4, 5, 3])
+    plan = heldout_rows(corpus, 4, max_tokens)
     ids = [token for row in range(plan.rows) for token in build_row(corpus, plan, row, 4).ids[: plan.row_tokens[row]]]
     assert ids == list(range(expected))
 
 
-def test_nothing_to_evaluate_is_refused(tmp_path):
+@pytest.mark.parametrize(("lengths", "max_tokens"), [([4], 0), ([4], 1), ([1, 1, 1], 100)])
+def test_nothing_to_evaluate_is_refused(tmp_path, lengths, max_tokens):
+    """Without a target the perplexity would be 1.0: a perfect baseline, and a gate that never fires."""
     with pytest.raises(InputError, match="eval.sets"):
-        heldout_rows(counting_corpus(tmp_path / "c", [4]), 4, 0)
+        heldout_rows(counting_corpus(tmp_path / "c", lengths), 4, max_tokens)

@@ -137,7 +137,9 @@ def test_steps_are_those_of_one_process(request, model, layout):
 
 
 def test_pipelines_compute_the_very_bits_of_one_process(llama):
-    assert [x["loss"] for x in llama.steps("pp2")] == [x["loss"] for x in llama.steps("one_accumulating")]
+    """Without clipping: the global norm is summed in another order, so its last bit may differ."""
+    losses = [[x["loss"] for x in llama.steps(name, "optimizer.clip_norm=0")] for name in ("pp2", "one_accumulating")]
+    assert losses[0] == losses[1]
 
 
 @pytest.mark.parametrize("layout", ["one", "tp2_sp", "pp2", "dp2"])

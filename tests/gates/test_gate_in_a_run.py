@@ -8,6 +8,7 @@ import torch
 
 from cpt_mega.data.indexed import IndexedCorpus
 from tests.helpers.jobsite import metrics, status
+from tests.helpers.workers import JobFailed
 
 LAYOUTS = {
     "one": (1, []),
@@ -85,3 +86,36 @@ def test_the_same_run_within_its_limit_goes_on(workers, jobsite, tmp_path):
     assert state == "finished"
     ledger = [json.loads(line) for line in (tmp_path / "run" / "ledger.jsonl").read_text().splitlines()]
     assert [line["action"] for line in ledger if line["kind"] == "verdict"] == ["continue"]
+
+
+def test_a_stopped_run_is_judged_again_before_it_goes_on(workers, jobsite, tmp_path):
+    """The same command may not creep past a verdict step by step; a raised limit lets it go on."""
+    run = tmp_path / "run"
+    words = ["optimizer.lr=1.0", "eval.interval_tokens=250", "train.tokens=2000"]
+    limit = "gates.general_perplexity_limit"
+    assert _run(workers, jobsite, run, 1, *words, f"{limit}=0.01")[0] == "gate_stop"
+    stopped = status(run)["step"]
+    assert _run(workers, jobsite, run, 1, *words, f"{limit}=0.01")[0] == "gate_stop"
+    assert status(run)["step"] == stopped == len(metrics(run, "train"))
+    assert _run(workers, jobsite, run, 1, *words, f"{limit}=1e9")[0] == "finished"
+    assert status(run)["step"] > stopped
+
+
+def test_other_items_under_the_same_path_are_refused(workers, jobsite, tmp_path):
+    """A baseline is worth something only on the items it was measured on."""
+    for name in ("bin", "idx"):
+        (tmp_path / f"held.{name}").write_bytes((jobsite.folder / f"general.heldout.{name}").read_bytes())
+    run = tmp_path / "run"
+    run.mkdir()
+    (run / "STOP").touch()
+    words = [f"eval.sets=[{{path: {tmp_path}/held, bucket: general}}]", "gates.general_perplexity_limit=0.9"]
+    _run(workers, jobsite, run, 1, *words)
+    before = metrics(run, "eval")[0]["value"]
+    for name in ("bin", "idx"):
+        (tmp_path / f"held.{name}").write_bytes((jobsite.folder / f"domain.heldout.{name}").read_bytes())
+    with pytest.raises(JobFailed, match="eval.sets general"):
+        _run(workers, jobsite, run, 1, *words)
+    assert _run(workers, jobsite, run, 1, *words, "restore.accept=[eval.sets]")[0] == "finished"
+    ledger = [json.loads(line) for line in (run / "ledger.jsonl").read_text().splitlines()]
+    baselines = [line["perplexity"]["general"] for line in ledger if line["kind"] == "baseline"]
+    assert baselines[0] == before and len(baselines) == 2 and baselines[1] != before

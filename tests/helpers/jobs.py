@@ -16,7 +16,7 @@ from cpt_mega.loop.session import run_session
 
 def train(config: str, overrides: list[str]) -> list[str]:
     """A whole run, as ``python -m cpt_mega.train`` has it; returns ``[state, reason]``."""
-    return list(run_session(load_config(config, overrides), ["--config", config, *overrides]))
+    return list(run_session(load_config(config, overrides), "the same command"))
 
 
 def score(checkpoint: str, source: str, target: str, overrides: list[str]) -> int:

@@ -17,7 +17,7 @@ LAUNCHER = ROOT / "launch" / "torchrun.sh"
 def _start(jobsite, run, *overrides) -> subprocess.Popen:
     command = ["bash", str(LAUNCHER), jobsite.config, f"run.dir={run}", *overrides]
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-    return subprocess.Popen(command, cwd=run.parent, start_new_session=True, **pipes)
+    return subprocess.Popen(command, cwd=ROOT, start_new_session=True, **pipes)
 
 
 def _finish(process) -> tuple[int, str, str]:
@@ -53,11 +53,19 @@ def test_what_only_the_model_can_refuse_ends_with_2(jobsite, tmp_path):
     assert status(tmp_path / "run")["state"] == "config_error"
 
 
+def test_an_unusable_run_folder_ends_with_2(jobsite, tmp_path):
+    """Only 70 may be restarted, so a wrong path must not look like a fault."""
+    (tmp_path / "file").write_text("")
+    code, _, err = _finish(_start(jobsite, tmp_path / "file" / "run"))
+    assert code == 2
+    assert "run.dir" in err and "cannot be written" in err
+
+
 def test_a_gate_stop_ends_with_80(jobsite, tmp_path):
     words = ["optimizer.lr=1.0", "gates.general_perplexity_limit=0.01", "eval.interval_tokens=250"]
     code, out, err = _finish(_start(jobsite, tmp_path / "run", *words))
     assert code == 80
-    assert "general perplexity" in out and "gate_stop: general perplexity" in err and "Traceback" not in err
+    assert "general perplexity" in out and "exit code 80" in err and "Traceback" not in err
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT], ids=["SIGTERM", "SIGINT"])
@@ -71,13 +79,15 @@ def test_a_signal_ends_with_75_and_the_same_command_goes_on(jobsite, tmp_path, n
         process.send_signal(number)
     else:
         os.killpg(process.pid, number)
-    code, out, _ = _finish(process)
+    code, _, err = _finish(process)
+    assert "Traceback" not in err
     ended = status(run)
     assert code == 75 == ended["exit_code"]
     assert ended["state"] == "preempted" and number.name in ended["reason"]
     assert (run / "checkpoints" / f"iter_{ended['step']:07d}" / "COMPLETE").is_file()
-    assert f"bash launch/torchrun.sh {jobsite.config}" in ended["next_command"]
-    left = [f"train.tokens={ended['tokens'] + 300}", "restore.accept=[train.tokens]"]
-    code, out, _ = _finish(_start(jobsite, run, *words, *left))
-    assert code == 0 and status(run)["state"] == "finished"
+    left = f" train.tokens={ended['tokens'] + 300} restore.accept=[train.tokens]"
+    again = subprocess.run(
+        ended["next_command"] + left, shell=True, cwd=ROOT, capture_output=True, text=True, timeout=120
+    )
+    assert again.returncode == 0 and status(run)["state"] == "finished"
     assert metrics(run, "train")[ended["step"]]["step"] == ended["step"] + 1

@@ -16,6 +16,9 @@ LAYOUTS = {
     "dp2": (2, []),
     "dp2_replicated_optimizer": (2, ["train.distributed_optimizer=false"]),
     "one_bf16": (1, ["precision=bf16"]),
+    "dp2_bf16": (2, ["precision=bf16"]),
+    "pp2_bf16_dropout": (2, ["parallel.pp=2", "precision=bf16", "train.dropout=0.1"]),
+    "dp2_bf16_replicated_optimizer": (2, ["precision=bf16", "train.distributed_optimizer=false"]),
     "tp2_sp_bf16": (2, ["parallel.tp=2", "parallel.sp=true", "precision=bf16"]),
 }
 FIELDS = ("step", "tokens", "loss", "grad_norm", "lr", "loss_by_source", "tokens_by_source")

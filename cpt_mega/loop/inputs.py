@@ -1,0 +1,86 @@
+"""Everything a run reads besides its configuration: the model's description, corpora, evaluation sets, and their names."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from cpt_mega.checkpoint.restore import Start
+from cpt_mega.config import Config
+from cpt_mega.data.sources import Source, corpus_identity, normalised_weights, open_sources
+from cpt_mega.errors import InputError
+from cpt_mega.gates.perplexity import HeldOut, open_eval_sets
+from cpt_mega.hf.model_info import ModelInfo, read_model_info, tokenizer_digest
+from cpt_mega.lineage import file_digest, library_versions, text_digest
+
+MOST_PASSES = 4  # Olmix, arXiv 2602.12237
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """``info`` is the starting checkpoint's own: a run's function never comes from elsewhere than its weights."""
+
+    info: ModelInfo
+    sources: list[Source]
+    sets: list[HeldOut]
+    lineage: dict
+    warnings: list[str]
+
+
+def open_inputs(config: Config, start: Start) -> Inputs:
+    """Opens and checks all of it. Raises InputError for the first thing that is unusable or does not fit the model."""
+    info = read_model_info(start.folder)
+    digest = _tokenizer(config, info)
+    sources = _sources(config, info, digest)
+    sets = open_eval_sets(config, digest, info.shape.vocab_size)
+    lineage = {
+        "base_digest": info.base_digest,
+        "tokenizer_digest": digest,
+        "corpora": {source.name: corpus_identity(source.corpus.prefix) for source in sources},
+        "eval": {bucket: _items_digest(config, sets, bucket) for bucket in sorted({held.bucket for held in sets})},
+        "libraries": library_versions(),
+    }
+    return Inputs(info, sources, sets, lineage, list(_warnings(config, sources)))
+
+
+def _warnings(config: Config, sources: list[Source]) -> Iterator[str]:
+    """Choices that are allowed and that usually end badly."""
+    if sources and all(source.role == "domain" for source in sources):
+        yield "no replay source: what the model knew before gets no gradient; add one with role: replay (20 % is usual)"
+    if config.gates.general_perplexity_limit is not None and all(s.bucket != "general" for s in config.eval.sets):
+        yield "no gate is armed: eval.sets has no set with bucket: general, so forgetting is not watched"
+    for source, share in zip(sources, normalised_weights(sources) if sources else (), strict=True):
+        passes = share * config.train.tokens / source.corpus.tokens
+        if passes > MOST_PASSES:
+            yield f"source {source.name} is read {passes:,.1f} times over: more than {MOST_PASSES} passes usually hurt"
+
+
+def _tokenizer(config: Config, info: ModelInfo) -> str:
+    """Digest of the model's tokenizer. Raises InputError when ``tokenizer.path`` is another one."""
+    if config.tokenizer.path is None:
+        return info.tokenizer_digest or ""
+    path = Path(config.tokenizer.path)
+    digest = tokenizer_digest(path) if path.is_dir() else file_digest(path) if path.is_file() else None
+    if not digest:
+        raise InputError("tokenizer.path", str(path), "holds no tokenizer.json and is no .model file")
+    if info.tokenizer_digest not in (None, digest):
+        fix = "is not the tokenizer the model was imported with; drop the key or import the model again"
+        raise InputError("tokenizer.path", str(path), fix)
+    return digest
+
+
+def _sources(config: Config, info: ModelInfo, digest: str) -> list[Source]:
+    if not config.data.sources:
+        return []
+    return open_sources(
+        config.data.sources,
+        seq_length=config.train.seq_length,
+        packing=config.data.packing,
+        tokenizer_digest=digest,
+        vocab_size=info.shape.vocab_size,
+    )
+
+
+def _items_digest(config: Config, sets: list[HeldOut], bucket: str) -> str:
+    """What a bucket's items are called: its corpora, and what decides which of their tokens stand in which row."""
+    corpora = sorted(corpus_identity(held.corpus.prefix) for held in sets if held.bucket == bucket)
+    return text_digest(" ".join([*corpora, str(config.train.seq_length), str(config.eval.max_tokens)]))

@@ -1,0 +1,40 @@
+"""``status.json`` during the loop, and the command to type next."""
+
+import shlex
+
+from cpt_mega.checkpoint.store import TrainerState
+from cpt_mega.loop.callbacks import NullCallback
+from cpt_mega.loop.run_folder import LEDGER, RunFolder
+from cpt_mega.loop.trainer import StepReport, Trainer
+
+
+class Status(NullCallback):
+    """Keeps ``status.json`` at the step the run has come to, once a log interval.
+
+    Args:
+        folder, state: the run's.
+        command: what starts this run again.
+        exports: whether the run leaves an HF checkpoint itself.
+    """
+
+    def __init__(self, folder: RunFolder, state: TrainerState, command: str, exports: bool):
+        self.folder, self.state, self.command, self.exports = folder, state, command, exports
+
+    def write(self, state: str, reason: str) -> None:
+        """Writes a state under its name, with its exit code and the next command."""
+        place = (self.state.step, self.state.tokens, self.state.run_id)
+        self.folder.status(state, reason, *place, self.next_command(state))
+
+    def next_command(self, state: str) -> str:
+        """What a user would type next, from the checkout."""
+        run, export = (shlex.quote(str(path)) for path in (self.folder.path, self.folder.path / "export"))
+        if state == "finished" and self.exports:
+            return f"python -m cpt_mega.score --checkpoint {export} --input ROWS.jsonl --output SCORES.jsonl"
+        if state == "finished":
+            return f"python tools/export_hf.py --checkpoint {run} --output {export}"
+        ledger = shlex.quote(str(self.folder.path / LEDGER))
+        return f"tail -n 3 {ledger}" if state == "gate_stop" else self.command
+
+    def on_step(self, trainer: Trainer, report: StepReport) -> None:
+        if report.step % trainer.config.logging.interval_steps == 0:
+            self.write("running", "")
