@@ -115,7 +115,7 @@ def start_mesh(parallel: ParallelOptions, seed: int, timeout_s: float = 600.0) -
 
 
 def stop_mesh() -> None:
-    """Takes all groups down; core alone only forgets its own, whose gloo threads then go on for as long as the process."""
+    """Takes all groups down, torch's and core's. gloo's threads stay until the process ends (torch 2.13)."""
     parallel_state.destroy_model_parallel()
     dist.destroy_process_group()
 

@@ -142,7 +142,7 @@ def test_a_run_goes_on_as_the_model_it_was(workers, jobsite, tmp_path):
     (other / "hf" / "config.json").write_text(json.dumps({**config, "rms_norm_eps": 0.1}))
     import_hf(other / "hf", other / "import")
     losses = []
-    for name, words in (("same", []), ("other", [f"model.checkpoint={other}/import"])):
+    for name, words in (("run_same", []), ("run_other", [f"model.checkpoint={other}/import"])):
         run = tmp_path / name
         run.mkdir()
         (run / "STOP").touch()
