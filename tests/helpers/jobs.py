@@ -7,9 +7,6 @@ import torch
 from cpt_mega.config import load_config
 from cpt_mega.config.schema import ParallelOptions
 from cpt_mega.engine.mesh import start_mesh, stop_mesh
-from cpt_mega.engine.step import Engine
-from cpt_mega.hf.locate import locate_checkpoint
-from cpt_mega.hf.model_info import read_model_info
 from cpt_mega.loop.scoring import score_file
 from cpt_mega.loop.session import run_session
 
@@ -22,19 +19,6 @@ def train(config: str, overrides: list[str]) -> list[str]:
 def score(checkpoint: str, source: str, target: str, overrides: list[str]) -> int:
     """The public scorer."""
     return int(score_file(checkpoint, source, target, overrides))
-
-
-def decay_groups(config: str, overrides: list[str]) -> list:
-    """``[name, dimensions, weight-decay multiplier]`` of every parameter that this rank holds."""
-    options = load_config(config, overrides)
-    shape = read_model_info(locate_checkpoint(options.model.checkpoint)).shape
-    mesh = start_mesh(options.parallel, options.train.seed)
-    try:
-        engine = Engine(options, shape, mesh)
-        multipliers = {id(p): g["wd_mult"] for g in engine.optimizer.param_groups for p in g["params"]}
-        return [[name, p.dim(), multipliers[id(p)]] for name, p in engine.core_model.named_parameters()]
-    finally:
-        stop_mesh()
 
 
 def transformers_logits(folder: str, ids: list[int]) -> list:

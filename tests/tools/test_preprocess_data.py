@@ -94,7 +94,6 @@ def test_workers_do_not_change_the_result(tmp_path, tokenizer_folder):
         (b'{"body": "x"}', "no field 'text'"),
         (b'{"text": 1}', "field 'text' is not text"),
         (b'{"text": ""}', "empty"),
-        (b'{"text": "<|eos|>"}', "empty"),
     ],
 )
 def test_rejects_are_told_apart(tmp_path, tokenizer_folder, line, reason):
@@ -112,11 +111,12 @@ def test_rejects_are_told_apart(tmp_path, tokenizer_folder, line, reason):
 def test_nul_bytes_and_literal_special_tokens_are_kept(tmp_path, tokenizer_folder):
     from cpt_mega.data.preprocess import PreprocessOptions, preprocess
 
-    source = write_jsonl(tmp_path / "in.jsonl", ["a\0b", "one<|eos|>two"])
+    source = write_jsonl(tmp_path / "in.jsonl", ["a\0b", "one<|eos|>two", "<|eos|>"])
     preprocess(PreprocessOptions((str(source),), str(tokenizer_folder), str(tmp_path / "c")))
     corpus, tokenizer = IndexedCorpus(tmp_path / "c"), TextTokenizer.load(tokenizer_folder)
-    texts = [tokenizer.decode(corpus.read(i, 0, length)) for i, length in enumerate(corpus.document_lengths)]
-    assert texts == ["a\0b<|eos|>", "one<|eos|>two<|eos|>"]
+    documents = [corpus.read(i, 0, length).tolist() for i, length in enumerate(corpus.document_lengths)]
+    assert [tokenizer.decode(ids) for ids in documents] == ["a\0b<|eos|>", "one<|eos|>two<|eos|>", "<|eos|><|eos|>"]
+    assert [ids.count(tokenizer.eos_id) for ids in documents] == [1, 1, 1]  # the literal ones are spelt out
 
 
 def test_too_many_rejects_leave_nothing(tmp_path, tokenizer_folder):
