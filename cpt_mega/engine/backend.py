@@ -19,21 +19,24 @@ from cpt_mega.errors import InputError
 def transformer_spec(config: TransformerConfig) -> ModuleSpec | TransformerBlockSubmodules:
     """What GPTModel takes as ``transformer_layer_spec``. Raises InputError on a GPU without Transformer Engine."""
     if has_gpu():
-        return _transformer_engine_spec()
-    layers = [_host_layer_spec()] * get_num_layers_to_build(config)
+        return _transformer_engine_spec(config.qk_layernorm)
+    layers = [_host_layer_spec(config.qk_layernorm)] * get_num_layers_to_build(config)
     # A bare layer spec would give the final norm core's own class, which refuses sequence parallelism.
     return TransformerBlockSubmodules(layer_specs=layers, layer_norm=HostNorm)
 
 
-def _transformer_engine_spec() -> ModuleSpec:
+def _transformer_engine_spec(qk_norm: bool) -> ModuleSpec:
     if not gpt_layer_specs.HAVE_TE:
         raise InputError("environment", "CUDA without Transformer Engine", "install transformer-engine[pytorch]")
-    return gpt_layer_specs.get_gpt_layer_with_transformer_engine_spec()
+    return gpt_layer_specs.get_gpt_layer_with_transformer_engine_spec(qk_layernorm=qk_norm)
 
 
-def _host_layer_spec() -> ModuleSpec:
+def _host_layer_spec(qk_norm: bool) -> ModuleSpec:
     spec = copy.deepcopy(gpt_layer_specs.get_gpt_layer_local_spec(normalization="RMSNorm"))
     layer = spec.submodules
     layer.input_layernorm = layer.pre_mlp_layernorm = HostNorm
-    layer.self_attention.submodules.core_attention = HostAttention
+    attention = layer.self_attention.submodules
+    attention.core_attention = HostAttention
+    if qk_norm:
+        attention.q_layernorm = attention.k_layernorm = HostNorm
     return spec

@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.tensor_parallel import get_cuda_rng_tracker
+from megatron.core.transformer.utils import is_layer_window_attention
 from torch import Tensor
 
 
@@ -49,6 +50,8 @@ class HostAttention(torch.nn.Module):
     ):
         super().__init__()
         self.scale, self.sequence_parallel = softmax_scale, config.sequence_parallel
+        windowed = is_layer_window_attention(config.window_size, config.window_attn_skip_freq, layer_number)
+        self.window = config.window_size[0] + 1 if windowed else None  # tokens seen, itself included
         self.dropout = config.attention_dropout if attention_dropout is None else attention_dropout
 
     def forward(
@@ -76,11 +79,16 @@ class HostAttention(torch.nn.Module):
         return get_cuda_rng_tracker().fork() if shared_out else nullcontext()
 
     def _attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        tokens = q.size(2)
+        band = None
+        if self.window is not None and tokens > self.window:
+            band = torch.ones(tokens, tokens, dtype=torch.bool, device=q.device).tril().triu(1 - self.window)
         return F.scaled_dot_product_attention(
             q,
             k,
             v,
-            is_causal=True,
+            attn_mask=band,
+            is_causal=band is None,
             scale=self.scale,
             enable_gqa=q.size(1) != k.size(1),
             dropout_p=self.dropout if self.training else 0.0,

@@ -1,5 +1,6 @@
 """A ``ModelShape`` as a megatron-core model on this process's mesh."""
 
+import math
 from collections.abc import Callable
 
 import torch
@@ -42,6 +43,8 @@ def transformer_config(config: Config, shape: ModelShape) -> TransformerConfig:
         activation_func=F.silu,
         add_bias_linear=False,
         add_qkv_bias=shape.qkv_bias,
+        qk_layernorm=shape.qk_norm,
+        **_attention_fields(shape),
         hidden_dropout=config.train.dropout,
         attention_dropout=config.train.dropout,
         tensor_model_parallel_size=parallel.tp,
@@ -66,6 +69,20 @@ def transformer_config(config: Config, shape: ModelShape) -> TransformerConfig:
     )
 
 
+def _attention_fields(shape: ModelShape) -> dict:
+    """What rope and window ask of attention, in core's fields.
+
+    A rope type that multiplies cosines and sines by m (YaRN) scales query times key by m * m; said as a softmax scale
+    it reaches every kernel, where core's own factor is dropped without a word by the fused rope of packed rows.
+    """
+    factor = shape.rope_factor
+    fields = {} if factor == 1.0 else {"softmax_scale": factor * factor / math.sqrt(shape.head_dim)}
+    if shape.sliding_window is not None:
+        fields["window_size"] = (shape.sliding_window - 1, 0)  # core does not count the position itself
+        fields["window_attn_skip_freq"] = [int(i not in shape.full_attention_layers) for i in range(shape.layers)]
+    return fields
+
+
 def build_model(config: Config, shape: ModelShape, mesh: Mesh) -> GPTModel:
     """This rank's part of the model. Its weights are undefined until a checkpoint is loaded into it."""
     core = transformer_config(config, shape)
@@ -79,6 +96,7 @@ def build_model(config: Config, shape: ModelShape, mesh: Mesh) -> GPTModel:
         share_embeddings_and_output_weights=shape.tied_embeddings,
         position_embedding_type="rope",
         rotary_base=shape.rope.theta,
+        rotary_percent=shape.rope.partial,
         pg_collection=mesh.groups,
     )
     # The reference's own frequencies: exact for every rope type, where core hard-codes llama3's constants.

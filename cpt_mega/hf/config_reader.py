@@ -1,11 +1,11 @@
 """Reading ``config.json`` without guessing: every field is understood, known to change nothing, or refused by name."""
 
 import json
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from pathlib import Path
 
 from cpt_mega.errors import InputError
-from cpt_mega.hf.shape import RopeShape
+from cpt_mega.hf.rope import RopeShape, is_positive, read_rope
 
 # Bookkeeping of transformers: nothing here changes the value of a forward pass over given token ids.
 # fmt: off
@@ -17,14 +17,6 @@ BOOKKEEPING = frozenset({
     "torch_dtype", "transformers_version", "unk_token_id", "use_cache",
 })
 # fmt: on
-
-# What each accepted type of rotary embedding must come with, under Hugging Face's names.
-ROPE_PARAMETERS = {
-    "default": frozenset(),
-    "linear": frozenset({"factor"}),
-    "llama3": frozenset({"factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"}),
-}
-ROPE_THETA = 10000.0  # what transformers takes when a config has none
 
 
 def read_config(hf_dir: str | Path) -> dict:
@@ -62,11 +54,15 @@ class ConfigReader:
 
     def size(self, key: str, default: int | None = None) -> int:
         """A positive integer."""
-        return self._take(key, default, lambda v: type(v) is int and v > 0, "must be a positive integer")
+        return self._take(key, default, _is_size, "must be a positive integer")
+
+    def count(self, key: str, default: int) -> int:
+        """A whole number, zero included."""
+        return self._take(key, default, lambda v: type(v) is int and v >= 0, "must be a whole number")
 
     def number(self, key: str, default: float | None = None) -> float:
         """A positive number."""
-        return float(self._take(key, default, _is_positive, "must be a positive number"))
+        return float(self._take(key, default, is_positive, "must be a positive number"))
 
     def flag(self, key: str, default: bool) -> bool:
         """true or false."""
@@ -81,22 +77,30 @@ class ConfigReader:
         """Fields that have no effect given the others."""
         self._taken.update(keys)
 
-    def layer_types(self, layers: int, accepted: str) -> None:
-        """``layer_types``: absent, or the accepted type for each layer."""
-        fix = f"only {accepted!r} in every one of {layers} layers is supported for this family"
-        self._take("layer_types", [accepted] * layers, lambda v: v == [accepted] * layers, fix)
+    def window(self, default: int | None) -> int | None:
+        """``sliding_window`` in tokens. Here null and absent differ, as they do in transformers: null is no window."""
+        self.unused("sliding_window")
+        value = self._config.get("sliding_window", default)
+        if value is not None and not _is_size(value):
+            raise InputError("config.json: sliding_window", value, "must be a positive integer or null")
+        return value
 
-    def rope(self) -> RopeShape:
-        """The rotary embedding in either spelling: ``rope_theta`` with ``rope_scaling`` (transformers 4), or
-        ``rope_parameters`` (transformers 5). When both stand there they must agree."""
-        old = self._take("rope_scaling", {}, lambda v: isinstance(v, dict), "must be an object or null")
-        new = self._take("rope_parameters", {}, lambda v: isinstance(v, dict), "must be an object or null")
-        theta = self.number("rope_theta", new.get("rope_theta", old.get("rope_theta", ROPE_THETA)))
-        spelled = [_rope("rope_scaling", old, theta), _rope("rope_parameters", new, theta)]
-        given = [shape for shape, fields in zip(spelled, (old, new), strict=True) if fields]
-        if any(shape != given[0] or shape.theta != theta for shape in given):
-            raise InputError("config.json: rope_parameters", new, "contradicts rope_theta or rope_scaling; keep one")
-        return given[0] if given else RopeShape(theta)
+    def layer_types(self, default: list[str], known: frozenset[str]) -> list[str]:
+        """The type of each layer's attention: ``default`` when absent."""
+
+        def is_right(value: object) -> bool:
+            return isinstance(value, list) and len(value) == len(default) and set(value) <= known
+
+        fix = f"must be a list of {len(default)}, each of {', '.join(sorted(known))}"
+        return self._take("layer_types", default, is_right, fix)
+
+    def rope(self, partial: bool = False) -> RopeShape:
+        """The rotary embedding; of a part of each head only where the family has that."""
+        self.unused("rope_theta", "rope_scaling", "rope_parameters", "partial_rotary_factor")
+        shape = read_rope(self._config)
+        if shape.partial != 1.0 and not partial:
+            raise InputError("config.json: partial_rotary_factor", shape.partial, "only 1.0 exists in this family")
+        return shape
 
     def finish(self) -> None:
         """Raises InputError naming a field that nothing took: its value might change the model's mathematics."""
@@ -107,33 +111,8 @@ class ConfigReader:
             raise InputError(f"config.json: {', '.join(unknown)}", values, fix)
 
 
-def _is_positive(value: object) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and 0 < value < float("inf")
-
-
-def _rope(field: str, fields: dict, theta: float) -> RopeShape:
-    """One spelling of the rotary embedding, with every parameter of its type and no other."""
-    fields = dict(fields)
-    theta = fields.pop("rope_theta", theta)
-    kinds = {kind for key in ("rope_type", "type") if (kind := fields.pop(key, None)) is not None}
-    kind = kinds.pop() if kinds else "default"
-    if kinds or kind not in ROPE_PARAMETERS:
-        raise InputError(f"config.json: {field}.rope_type", kind, f"supported: {', '.join(ROPE_PARAMETERS)}")
-    if fields.pop("partial_rotary_factor", 1.0) != 1.0:
-        raise InputError(f"config.json: {field}.partial_rotary_factor", "below 1", "only 1.0 is supported")
-    _expect_parameters(field, kind, fields)
-    if not _is_positive(theta) or not all(map(_is_positive, fields.values())):
-        raise InputError(
-            f"config.json: {field}", {"rope_theta": theta, **fields}, "every value must be a positive number"
-        )
-    return RopeShape(float(theta), kind, fields)
-
-
-def _expect_parameters(field: str, kind: str, given: Iterable[str]) -> None:
-    wrong = sorted(set(given) ^ ROPE_PARAMETERS[kind])
-    if wrong:
-        needs = ", ".join(sorted(ROPE_PARAMETERS[kind])) or "nothing but rope_theta"
-        raise InputError(f"config.json: {field}", wrong, f"missing or unknown; type {kind} takes {needs}")
+def _is_size(value: object) -> bool:
+    return type(value) is int and value > 0
 
 
 def with_both_spellings(config: dict, rope: RopeShape, dtype: str) -> dict:
@@ -142,11 +121,5 @@ def with_both_spellings(config: dict, rope: RopeShape, dtype: str) -> dict:
     transformers 4.57 misreads a config of 5 without a word, and the other way round: each falls back to defaults
     for the fields it does not find. ``dtype`` and ``torch_dtype`` say what the tensors are.
     """
-    scaling = None if rope.type == "default" else {"rope_type": rope.type, **rope.parameters}
-    added = {
-        "rope_theta": rope.theta,
-        "rope_scaling": scaling,
-        "rope_parameters": {"rope_theta": rope.theta, "rope_type": rope.type, **rope.parameters},
-    }
-    missing = {key: value for key, value in added.items() if config.get(key) is None}
+    missing = {key: value for key, value in rope.spellings().items() if config.get(key) is None}
     return {**config, **missing, "dtype": dtype, "torch_dtype": dtype}

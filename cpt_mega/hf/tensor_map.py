@@ -184,13 +184,13 @@ class QkvGroups:
     """Query, key and value interleaved per key/value group: the group's query heads, its key, its value.
 
     Args:
-        names: of query, key and value, with ``{layer}`` in them.
+        names: of query, key and value, with ``{layer}`` in them; or one name, of all three below each other.
         columns: axes after the rows; () for the bias.
     """
 
     key: str
     layers: int
-    names: tuple[str, str, str]
+    names: tuple[str, ...]
     heads: int
     kv_heads: int
     head_dim: int
@@ -203,7 +203,8 @@ class QkvGroups:
 
     @property
     def sources(self) -> dict[str, Shape]:
-        shapes = [(rows * self.kv_heads, *self.columns) for rows in self._rows]
+        rows = [rows * self.kv_heads for rows in self._rows]
+        shapes = [(r, *self.columns) for r in (rows if len(self.names) == 3 else [sum(rows)])]
         return {n.format(layer=i): s for i in range(self.layers) for n, s in zip(self.names, shapes, strict=True)}
 
     @property
@@ -215,11 +216,19 @@ class QkvGroups:
             names = [name.format(layer=layer) for name in self.names]
             yield Block(self.target, (layer,), 0, self.target.shape[0], tuple(self._runs(names)))
 
+    def _parts(self, names: Sequence[str]) -> list[tuple[str, int, int]]:
+        """For query, key and value: the tensor, the row where the part begins in it, and its rows in a group."""
+        query, key, value = self._rows
+        if len(names) == 3:
+            return [(name, 0, rows) for name, rows in zip(names, self._rows, strict=True)]
+        starts = (0, query * self.kv_heads, (query + key) * self.kv_heads)
+        return [(names[0], start, rows) for start, rows in zip(starts, (query, key, value), strict=True)]
+
     def _runs(self, names: Sequence[str]) -> Iterator[Run]:
         row = 0
         for group in range(self.kv_heads):
-            for name, rows in zip(names, self._rows, strict=True):
-                yield Run(name, group * rows, row, rows)
+            for name, start, rows in self._parts(names):
+                yield Run(name, start + group * rows, row, rows)
                 row += rows
 
 

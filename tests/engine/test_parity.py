@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from cpt_mega.hf.convert import import_hf
-from tests.helpers.models import tiny_llama, tiny_qwen2
+from tests.helpers.models import tiny_llama, tiny_mistral, tiny_phi3, tiny_qwen2, tiny_qwen3
 
 LAYOUTS = {
     "tp1": (1, []),
@@ -18,20 +18,34 @@ LAYOUTS = {
     "tp4": (4, ["parallel.tp=4", "parallel.sp=true"]),
     "tp2_sp_pp2": (4, ["parallel.tp=2", "parallel.sp=true", "parallel.pp=2"]),
 }
+# fmt: off
 LLAMA3 = {"rope_type": "llama3", "rope_theta": 5e5, "factor": 4.0, "low_freq_factor": 1.0, "high_freq_factor": 2.0,
-          "original_max_position_embeddings": 16}  # fmt: skip
+          "original_max_position_embeddings": 16}
+YARN = {"rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0, "original_max_position_embeddings": 16}
+# One line a model: what a new family adds. Documents of ROWS are longer than every window.
 MODELS = {
     "llama": (tiny_llama, {}),
     "llama_tied_one_kv_head": (tiny_llama, {"tie_word_embeddings": True, "num_key_value_heads": 1}),
+    "llama_odd_heads": (tiny_llama, {"num_attention_heads": 3, "num_key_value_heads": 3}),
     "llama_llama3_rope": (tiny_llama, {"rope_parameters": LLAMA3}),
+    "llama_dynamic_rope": (tiny_llama, {"rope_parameters": {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}}),
+    "llama_yarn_rope": (tiny_llama, {"rope_parameters": {**YARN, "mscale": 0.7, "mscale_all_dim": 1.1}}),
     "llama_linear_rope_wide_heads": (
-        tiny_llama,
-        {"head_dim": 16, "rope_parameters": {"rope_type": "linear", "rope_theta": 1e4, "factor": 2.0}},
+        tiny_llama, {"head_dim": 16, "rope_parameters": {"rope_type": "linear", "rope_theta": 1e4, "factor": 2.0}},
     ),
     "llama_eight_heads": (tiny_llama, {"num_attention_heads": 8}),
+    "mistral": (tiny_mistral, {}),
+    "mistral_narrow_heads": (tiny_mistral, {"head_dim": 4, "tie_word_embeddings": True, "sliding_window": 1}),
     "qwen2": (tiny_qwen2, {}),
     "qwen2_tied": (tiny_qwen2, {"tie_word_embeddings": True}),
+    "qwen2_yarn_windows": (tiny_qwen2, {"rope_parameters": YARN, "use_sliding_window": True, "sliding_window": 5,
+                                        "max_window_layers": 2, "num_attention_heads": 14, "hidden_size": 56}),
+    "qwen3": (tiny_qwen3, {}),
+    "qwen3_tied_windows": (tiny_qwen3, {"tie_word_embeddings": True, "use_sliding_window": True, "sliding_window": 8,
+                                        "layer_types": ["sliding_attention", "full_attention"] * 2}),
+    "phi3_partial_rope": (tiny_phi3, {"partial_rotary_factor": 0.5}),
 }
+# fmt: on
 ROWS = [
     {"id": "three", "ids": [(i * 37 + 11) % 301 for i in range(50)], "doc_lengths": [20, 21, 9]},
     {"id": "one", "ids": [(i * 53 + 7) % 301 for i in range(29)]},
@@ -76,19 +90,21 @@ def _scores(workers, tmp_path, layout: str, checkpoint, rows=ROWS, extra=("preci
     return [json.loads(line) for line in (tmp_path / "scores.jsonl").read_text().splitlines()]
 
 
-# Four processes on two cores are slow: two models there, all of them in the long matrix.
-QUICK_AT_FOUR = ("llama", "qwen2_tied", "llama_eight_heads")
+# Four processes on two cores are slow: a few models there, all of them in the long matrix.
+QUICK_AT_FOUR = ("llama", "qwen3", "llama_eight_heads")
 
 
 def _pairs():
-    for name in MODELS:
-        for layout in LAYOUTS:
-            if (layout == "tp4") != (
-                name == "llama_eight_heads"
-            ):  # four ranks want a number of heads that four divides
-                continue
-            long = LAYOUTS[layout][0] == 4 and name not in QUICK_AT_FOUR
-            yield pytest.param(name, layout, marks=pytest.mark.full if long else ())
+    for name, (_, fields) in MODELS.items():
+        heads = fields.get("num_attention_heads", 6)
+        for layout, (world, overrides) in LAYOUTS.items():
+            tp = next((int(o[-1]) for o in overrides if o.startswith("parallel.tp=")), 1)
+            if heads % tp == 0:  # refused otherwise, see test_platform
+                yield pytest.param(name, layout, marks=_long(world == 4 and name not in QUICK_AT_FOUR))
+
+
+def _long(is_long: bool):
+    return pytest.mark.full if is_long else ()
 
 
 @pytest.mark.parametrize(("name", "layout"), list(_pairs()))

@@ -1,5 +1,6 @@
 """Small random models in Hugging Face folders, with every property that a conversion can get wrong."""
 
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -14,28 +15,46 @@ SIZES = {
     "max_position_embeddings": 128,
     "tie_word_embeddings": False,
 }
+# What a family's own defaults would hide or make large. Windows are shorter than the tests' documents.
+FAMILY_SIZES = {
+    "mistral": {"sliding_window": 6},
+    "qwen3": {"head_dim": 12},
+    "phi3": {"sliding_window": 9, "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0},
+}
 
 
-def tiny_llama(
-    folder: str | Path, *, dtype=torch.float32, seed=0, tokenizer=False, max_shard_size="5GB", **overrides
+def tiny_model(
+    family: str,
+    folder: str | Path,
+    *,
+    dtype=torch.float32,
+    seed=0,
+    tokenizer=False,
+    max_shard_size="5GB",
+    **overrides,
 ) -> Path:
-    """A random Llama in ``folder``; ``overrides`` are fields of LlamaConfig. Returns the folder."""
-    from transformers import LlamaConfig, LlamaForCausalLM
+    """A random model of a ``model_type`` in ``folder``; ``overrides`` are fields of its config. Returns the folder.
 
-    return _save(
-        LlamaForCausalLM, LlamaConfig(**{**SIZES, **overrides}), folder, dtype, seed, tokenizer, max_shard_size
-    )
+    Norms are not one and biases not zero, which would hide a swap.
+    """
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    config = AutoConfig.for_model(family, **{**SIZES, **FAMILY_SIZES.get(family, {}), **overrides})
+    torch.manual_seed(seed)
+    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter, mean=float(parameter.dim() == 1), std=0.2)
+    model.to(dtype).save_pretrained(folder, max_shard_size=max_shard_size)
+    if tokenizer:
+        tiny_tokenizer(folder, config.vocab_size)
+    return Path(folder)
 
 
-def tiny_qwen2(
-    folder: str | Path, *, dtype=torch.float32, seed=0, tokenizer=False, max_shard_size="5GB", **overrides
-) -> Path:
-    """A random Qwen2 in ``folder``, biases not zero; ``overrides`` are fields of Qwen2Config. Returns the folder."""
-    from transformers import Qwen2Config, Qwen2ForCausalLM
-
-    return _save(
-        Qwen2ForCausalLM, Qwen2Config(**{**SIZES, **overrides}), folder, dtype, seed, tokenizer, max_shard_size
-    )
+tiny_llama = partial(tiny_model, "llama")
+tiny_mistral = partial(tiny_model, "mistral")
+tiny_qwen2 = partial(tiny_model, "qwen2")
+tiny_qwen3 = partial(tiny_model, "qwen3")
+tiny_phi3 = partial(tiny_model, "phi3")
 
 
 def tiny_tokenizer(folder: str | Path, vocab_size: int) -> None:
@@ -52,14 +71,3 @@ def tiny_tokenizer(folder: str | Path, vocab_size: int) -> None:
     wrapped = PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>")
     wrapped.chat_template = "{% for m in messages %}{{ m['content'] }}{% endfor %}"
     wrapped.save_pretrained(folder)
-
-
-def _save(model_class, config, folder, dtype, seed, tokenizer, max_shard_size) -> Path:
-    torch.manual_seed(seed)
-    model = model_class(config)
-    for parameter in model.parameters():  # norms of one and biases of zero would hide a swap
-        torch.nn.init.normal_(parameter, mean=float(parameter.dim() == 1), std=0.2)
-    model.to(dtype).save_pretrained(folder, max_shard_size=max_shard_size)
-    if tokenizer:
-        tiny_tokenizer(folder, config.vocab_size)
-    return Path(folder)

@@ -13,7 +13,7 @@ from cpt_mega.hf.model_info import copy_model_files, read_model_info
 from cpt_mega.hf.tensor_map import Block, Run, Target
 from cpt_mega.hf.torch_dist import FORMAT, read_index, write_blocks
 from cpt_mega.lineage import COMPLETE, damaged_files, seal_folder, sealed_files
-from tests.helpers.models import tiny_llama, tiny_qwen2
+from tests.helpers.models import tiny_llama, tiny_mistral, tiny_phi3, tiny_qwen2, tiny_qwen3
 
 LLAMA3 = {
     "rope_type": "llama3",
@@ -23,6 +23,7 @@ LLAMA3 = {
     "high_freq_factor": 4.0,
     "original_max_position_embeddings": 64,
 }
+YARN = {"rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0, "original_max_position_embeddings": 32}
 # One line a model: what a new family adds.
 MODELS = {
     "llama": (tiny_llama, {}),
@@ -37,6 +38,14 @@ MODELS = {
     "qwen2-bf16-shards": (tiny_qwen2, {"dtype": torch.bfloat16, "max_shard_size": "40KB"}),
     "qwen2-tied-tokenizer": (tiny_qwen2, {"tie_word_embeddings": True, "tokenizer": True}),
     "qwen2-no-groups": (tiny_qwen2, {"num_key_value_heads": 6}),
+    "qwen2-windows": (tiny_qwen2, {"use_sliding_window": True, "sliding_window": 5, "max_window_layers": 1}),
+    "qwen2-rope-yarn": (tiny_qwen2, {"rope_parameters": YARN}),
+    "mistral": (tiny_mistral, {}),
+    "mistral-no-window": (tiny_mistral, {"sliding_window": None, "dtype": torch.bfloat16}),
+    "qwen3": (tiny_qwen3, {}),
+    "qwen3-tied": (tiny_qwen3, {"tie_word_embeddings": True, "max_shard_size": "40KB"}),
+    "phi3": (tiny_phi3, {}),
+    "phi3-partial": (tiny_phi3, {"partial_rotary_factor": 0.5}),
 }
 
 

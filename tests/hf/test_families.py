@@ -1,11 +1,14 @@
 """config.json is understood field by field or refused by name; the tables of tensors are proved."""
 
+import json
+
 import pytest
 
 from cpt_mega.errors import InputError
 from cpt_mega.hf.config_reader import with_both_spellings
 from cpt_mega.hf.families import FAMILIES, read_shape, tensor_map
-from cpt_mega.hf.shape import ModelShape, RopeShape
+from cpt_mega.hf.rope import RopeShape
+from cpt_mega.hf.shape import ModelShape
 from cpt_mega.hf.tensor_map import Direct, StackedLayers, TensorMap
 
 CONFIG = {
@@ -21,10 +24,36 @@ CONFIG = {
 LLAMA3 = {"factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 64}
 
 
-def test_defaults_are_those_of_transformers():
+YARN = {"factor": 4.0, "beta_fast": 16.0, "attention_factor": 1.2, "original_max_position_embeddings": 64}
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_what_a_config_leaves_out_is_what_transformers_takes(family):
+    """Many fields are left out of a real config.json where they have their default."""
+    from transformers import AutoConfig
+
+    config = CONFIG | {"model_type": family, "num_attention_heads": 32}
+    config |= {} if family in ("llama", "mistral", "phi3") else {"num_key_value_heads": 4}
+    theirs = AutoConfig.for_model(family, **{k: v for k, v in config.items() if k != "model_type"})
+    shape = read_shape(config)
+    head_dim = getattr(theirs, "head_dim", None) or theirs.hidden_size // theirs.num_attention_heads
+    assert (shape.kv_heads, shape.head_dim) == (theirs.num_key_value_heads, head_dim)
+    assert (shape.tied_embeddings, shape.sliding_window) == (theirs.tie_word_embeddings, _window(theirs))
+    assert (shape.rope.theta, shape.rope.type) == (theirs.rope_parameters["rope_theta"], "default")
+    assert ModelShape.from_json(shape.to_json()) == shape
+
+
+def _window(config) -> int | None:
+    types = getattr(config, "layer_types", None)
+    return None if types and "sliding_attention" not in types else getattr(config, "sliding_window", None)
+
+
+def test_a_model_file_from_before_a_switch_existed_is_read():
     shape = read_shape(CONFIG)
-    assert (shape.kv_heads, shape.head_dim, shape.tied_embeddings) == (4, 16, False)
-    assert shape.rope == RopeShape(10000.0) and ModelShape.from_json(shape.to_json()) == shape
+    older = {key: value for key, value in shape.to_json().items() if key not in ("qk_norm", "sliding_window")}
+    assert ModelShape.from_json(older) == shape
+    with pytest.raises(InputError, match="heads"):
+        ModelShape.from_json({key: value for key, value in older.items() if key != "heads"})
 
 
 @pytest.mark.parametrize(
@@ -35,6 +64,9 @@ def test_defaults_are_those_of_transformers():
         ({"rope_theta": 1e4, "rope_scaling": {"type": "linear", "factor": 2}}, RopeShape(1e4, "linear", {"factor": 2})),
         ({"rope_theta": 5e5, "rope_scaling": {"rope_type": "llama3", **LLAMA3}}, RopeShape(5e5, "llama3", LLAMA3)),
         ({"rope_parameters": {"rope_theta": 5e5, "rope_type": "llama3", **LLAMA3}}, RopeShape(5e5, "llama3", LLAMA3)),
+        ({"rope_scaling": {"rope_type": "yarn", **YARN}}, RopeShape(1e4, "yarn", YARN)),
+        ({"rope_scaling": {"type": "dynamic", "factor": 2.0}}, RopeShape(1e4, "dynamic", {"factor": 2.0})),
+        ({"model_type": "phi3", "partial_rotary_factor": 0.5}, RopeShape(1e4, partial=0.5)),
     ],
 )
 def test_rope_in_either_spelling(fields, expected):
@@ -43,13 +75,14 @@ def test_rope_in_either_spelling(fields, expected):
     both = with_both_spellings(CONFIG | fields, shape.rope, "bfloat16")
     assert read_shape(both) == shape and both.items() >= {**CONFIG, **fields}.items()
     assert read_shape({k: v for k, v in both.items() if k != "rope_parameters"}) == shape
-    assert read_shape({k: v for k, v in both.items() if k not in ("rope_theta", "rope_scaling")}) == shape
+    fourth = ("rope_theta", "rope_scaling", "partial_rotary_factor")
+    assert read_shape({k: v for k, v in both.items() if k not in fourth}) == shape
 
 
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
-        ({"model_type": "gpt_neox"}, "model_type = 'gpt_neox'.*llama, qwen2"),
+        ({"model_type": "gpt_neox"}, "model_type = 'gpt_neox'.*llama, mistral, phi3, qwen2, qwen3"),
         ({"model_type": None}, "model_type"),
         ({"hidden_act": "gelu"}, "hidden_act = 'gelu'"),
         ({"attention_bias": True}, "attention_bias"),
@@ -65,7 +98,10 @@ def test_rope_in_either_spelling(fields, expected):
         ({"rms_norm_eps": -1}, "rms_norm_eps"),
         ({"num_key_value_heads": 3}, "num_key_value_heads"),
         ({"head_dim": 15}, "head_dim"),
-        ({"rope_scaling": {"rope_type": "yarn", "factor": 2.0}}, "rope_type = 'yarn'"),
+        ({"rope_scaling": {"rope_type": "longrope", "factor": 2.0}}, "rope_type.*'longrope'"),
+        ({"rope_scaling": {"rope_type": "yarn", "low": 1.0}}, "factor.*low"),
+        ({"rope_scaling": {"rope_type": ["yarn"]}}, "rope_type"),
+        ({"rope_scaling": "yarn"}, "rope_scaling = 'yarn'"),
         ({"rope_scaling": {"rope_type": "linear"}}, "factor"),
         ({"rope_scaling": {"rope_type": "linear", "factor": 2.0, "beta": 1}}, "beta"),
         ({"rope_scaling": {"rope_type": "linear", "factor": -2.0}}, "positive"),
@@ -83,13 +119,28 @@ def test_refused_by_name(fields, message):
         read_shape(CONFIG | fields)
 
 
-def test_qwen2_windows():
-    config = CONFIG | {"model_type": "qwen2", "sliding_window": 4096, "max_window_layers": 1}
-    assert read_shape(config | {"use_sliding_window": False}).qkv_bias
-    with pytest.raises(InputError, match="use_sliding_window"):
-        read_shape(config | {"use_sliding_window": True})
+@pytest.mark.parametrize("family", ["qwen2", "qwen3"])
+def test_qwen_windows(family):
+    config = CONFIG | {"model_type": family, "num_key_value_heads": 2, "sliding_window": 4096, "max_window_layers": 1}
+    assert read_shape(config).sliding_window is None
+    assert read_shape(config | {"max_window_layers": 2, "use_sliding_window": True}).sliding_window is None
+    on = read_shape(config | {"use_sliding_window": True})
+    assert (on.sliding_window, on.full_attention_layers) == (4096, (0,))
+    named = read_shape(config | {"use_sliding_window": True, "layer_types": ["sliding_attention", "full_attention"]})
+    assert (named.sliding_window, named.full_attention_layers) == (4096, (1,))
+    assert ModelShape.from_json(json.loads(json.dumps(named.to_json()))) == named
     with pytest.raises(InputError, match="layer_types"):
         read_shape(config | {"layer_types": ["full_attention", "sliding_attention"]})
+    with pytest.raises(InputError, match="layer_types"):
+        read_shape(config | {"use_sliding_window": True, "layer_types": ["full_attention", "chunked_attention"]})
+
+
+def test_a_window_left_out_and_a_null_window_differ():
+    config = CONFIG | {"model_type": "mistral", "num_key_value_heads": 2}
+    assert read_shape(config).sliding_window == 4096
+    assert read_shape(config | {"sliding_window": None}).sliding_window is None
+    with pytest.raises(InputError, match="sliding_window = 0"):
+        read_shape(config | {"sliding_window": 0})
 
 
 @pytest.mark.parametrize("family", FAMILIES)

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 from cpt_mega.errors import InputError
 from cpt_mega.hf.config_reader import ConfigReader
-from cpt_mega.hf.families import llama, qwen2
+from cpt_mega.hf.families import llama, mistral, phi3, qwen2, qwen3
 from cpt_mega.hf.shape import ModelShape
 from cpt_mega.hf.tensor_map import Rule, TensorMap
 
@@ -29,7 +29,10 @@ class Family:
 
 FAMILIES = {
     "llama": Family(llama.read_shape, llama.tensor_rules, llama.DERIVED),
+    "mistral": Family(mistral.read_shape, llama.tensor_rules),
     "qwen2": Family(qwen2.read_shape, qwen2.tensor_rules),
+    "qwen3": Family(qwen3.read_shape, qwen3.tensor_rules),
+    "phi3": Family(phi3.read_shape, phi3.tensor_rules),
 }
 
 
@@ -47,8 +50,13 @@ def read_shape(config: dict) -> ModelShape:
     reader.finish()
     if shape.heads % shape.kv_heads:
         raise InputError("config.json: num_key_value_heads", shape.kv_heads, f"must divide {shape.heads} query heads")
-    if shape.head_dim % 2:
-        raise InputError("config.json: head_dim", shape.head_dim, "must be even: rotary embedding turns pairs")
+    rotary = shape.rope.rotary_dim(shape.head_dim)
+    if rotary % 2 or not rotary:
+        what = f"head_dim {shape.head_dim} x partial_rotary_factor {shape.rope.partial}"
+        raise InputError("config.json: head_dim", what, "must be an even number: rotary embedding turns pairs")
+    if shape.rope.partial != 1.0 and shape.rope_factor != 1.0:
+        fix = "scales a part of each head, which attention cannot do"
+        raise InputError("config.json: partial_rotary_factor", shape.rope.partial, f"type {shape.rope.type} {fix}")
     return shape
 
 

@@ -1,6 +1,6 @@
 """Llama 1 to 3.3 and models of the same layout: RMSNorm, SwiGLU, rotary embedding, grouped queries, no biases.
 
-Source: ``transformers/models/llama``. Rotary types default, linear and llama3.
+Source: ``transformers/models/llama``.
 """
 
 from cpt_mega.hf.config_reader import ConfigReader
@@ -16,11 +16,25 @@ def read_shape(reader: ConfigReader) -> ModelShape:
     reader.only("attention_bias", False)
     reader.only("mlp_bias", False)
     reader.only("pretraining_tp", 1)
-    return read_decoder(reader, "llama")
+    return read_decoder(reader, "llama", kv_heads=reader.size("num_attention_heads"))
 
 
-def read_decoder(reader: ConfigReader, family: str, **different: object) -> ModelShape:
-    """The fields that Llama shares with later families; ``different`` are ModelShape fields that are not read."""
+def read_decoder(
+    reader: ConfigReader,
+    family: str,
+    kv_heads: int | None = None,
+    head_dim: int | None = None,
+    partial_rope: bool = False,
+    **switches: object,
+) -> ModelShape:
+    """The fields that Llama shares with later families.
+
+    Args:
+        kv_heads: what transformers takes when the config does not say; None: the config must.
+        head_dim: likewise; None: hidden_size / heads.
+        partial_rope: whether the family can turn a part of each head.
+        switches: fields of ModelShape that only this family sets.
+    """
     reader.only("is_encoder_decoder", False)
     reader.only("hidden_act", "silu")
     reader.only("attention_dropout", 0)
@@ -31,26 +45,40 @@ def read_decoder(reader: ConfigReader, family: str, **different: object) -> Mode
         hidden_size=hidden_size,
         ffn_hidden_size=reader.size("intermediate_size"),
         heads=heads,
-        kv_heads=reader.size("num_key_value_heads", heads),
-        head_dim=reader.size("head_dim", hidden_size // heads),
+        kv_heads=reader.size("num_key_value_heads", kv_heads),
+        head_dim=reader.size("head_dim", head_dim or hidden_size // heads),
         vocab_size=reader.size("vocab_size"),
         max_positions=reader.size("max_position_embeddings"),
         norm_eps=reader.number("rms_norm_eps", 1e-6),
-        rope=reader.rope(),
+        rope=reader.rope(partial_rope),
         tied_embeddings=reader.flag("tie_word_embeddings", False),
-        **different,
+        **switches,
     )
 
 
 def tensor_rules(shape: ModelShape) -> list[Rule]:
-    """Every tensor of a Llama of this shape. Norms stand under the names that Transformer Engine's fused layers use."""
-    hidden, ffn, layers = shape.hidden_size, shape.ffn_hidden_size, shape.layers
+    """Every tensor of a Llama of this shape."""
+    hidden, ffn = shape.hidden_size, shape.ffn_hidden_size
+    gate_and_up = {"mlp.gate_proj.weight": (ffn, hidden), "mlp.up_proj.weight": (ffn, hidden)}
+    return [
+        *decoder_rules(shape),
+        qkv_rule(shape, "weight", (hidden,)),
+        stacked(shape, "mlp.linear_fc1.weight", gate_and_up),
+    ]
 
-    def stacked(key: str, parts: dict[str, tuple[int, ...]]) -> StackedLayers:
-        return StackedLayers(
-            f"decoder.layers.{key}", layers, {f"model.layers.{{layer}}.{n}": s for n, s in parts.items()}
-        )
 
+def stacked(shape: ModelShape, key: str, parts: dict[str, tuple[int, ...]]) -> StackedLayers:
+    """One core tensor for all layers, of the HF tensors ``model.layers.N.<part>``, with their shapes."""
+    names = {f"model.layers.{{layer}}.{name}": size for name, size in parts.items()}
+    return StackedLayers(f"decoder.layers.{key}", shape.layers, names)
+
+
+def decoder_rules(shape: ModelShape) -> list[Rule]:
+    """What every decoder of this kind has alike: all but the projections that some families fuse.
+
+    Norms stand under the names that Transformer Engine's fused layers use.
+    """
+    hidden, ffn = shape.hidden_size, shape.ffn_hidden_size
     rules = [
         PaddedVocab(
             "embedding.word_embeddings.weight",
@@ -58,14 +86,14 @@ def tensor_rules(shape: ModelShape) -> list[Rule]:
             (shape.vocab_size, hidden),
             shape.padded_vocab_size,
         ),
-        stacked("self_attention.linear_qkv.layer_norm_weight", {"input_layernorm.weight": (hidden,)}),
-        qkv_rule(shape, "weight", (hidden,)),
+        stacked(shape, "self_attention.linear_qkv.layer_norm_weight", {"input_layernorm.weight": (hidden,)}),
         stacked(
-            "self_attention.linear_proj.weight", {"self_attn.o_proj.weight": (hidden, shape.heads * shape.head_dim)}
+            shape,
+            "self_attention.linear_proj.weight",
+            {"self_attn.o_proj.weight": (hidden, shape.heads * shape.head_dim)},
         ),
-        stacked("mlp.linear_fc1.layer_norm_weight", {"post_attention_layernorm.weight": (hidden,)}),
-        stacked("mlp.linear_fc1.weight", {"mlp.gate_proj.weight": (ffn, hidden), "mlp.up_proj.weight": (ffn, hidden)}),
-        stacked("mlp.linear_fc2.weight", {"mlp.down_proj.weight": (hidden, ffn)}),
+        stacked(shape, "mlp.linear_fc1.layer_norm_weight", {"post_attention_layernorm.weight": (hidden,)}),
+        stacked(shape, "mlp.linear_fc2.weight", {"mlp.down_proj.weight": (hidden, ffn)}),
         Direct("decoder.final_layernorm.weight", "model.norm.weight", (hidden,)),
     ]
     if not shape.tied_embeddings:
@@ -74,12 +102,14 @@ def tensor_rules(shape: ModelShape) -> list[Rule]:
     return rules
 
 
-def qkv_rule(shape: ModelShape, kind: str, columns: tuple[int, ...]) -> QkvGroups:
+def qkv_rule(
+    shape: ModelShape, kind: str, columns: tuple[int, ...], parts: tuple[str, ...] = ("q", "k", "v")
+) -> QkvGroups:
     """Query, key and value: ``kind`` is weight (columns = (hidden_size,)) or bias (columns = ())."""
     return QkvGroups(
         key=f"decoder.layers.self_attention.linear_qkv.{kind}",
         layers=shape.layers,
-        names=tuple(f"model.layers.{{layer}}.self_attn.{part}_proj.{kind}" for part in "qkv"),
+        names=tuple(f"model.layers.{{layer}}.self_attn.{part}_proj.{kind}" for part in parts),
         heads=shape.heads,
         kv_heads=shape.kv_heads,
         head_dim=shape.head_dim,
