@@ -88,7 +88,7 @@ def plan_restore(config: Config, start: Start, lineage: dict, layout: dict[str, 
         config: with ``restore.accept``.
         start: from ``find_start``.
         lineage: this run's: ``tokenizer_digest``, ``corpora`` by source and ``eval`` by bucket.
-        layout: ``{"tp", "pp", "dp"}`` of this run.
+        layout: the fields of ``engine.mesh.Layout`` of this run.
 
     Raises CheckpointError when a full restore finds weights only, and InputError when a field or a corpus differs that a
     full restore does not take over without ``restore.accept``.

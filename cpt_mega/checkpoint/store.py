@@ -42,7 +42,7 @@ class TrainerState:
         stream: the data state, as ``StreamState.to_json`` gives it.
         baseline: step-0 readings of the gates, ``{bucket: perplexity}``.
         gate_stop: why a gate stopped the run here; empty otherwise. A later start judges again before it goes on.
-        layout: ``{"tp", "pp", "dp"}`` it was saved at.
+        layout: the fields of the ``engine.mesh.Layout`` it was saved at.
         config: the resolved configuration it was saved under.
         lineage: digests and versions: base, tokenizer, corpora, code, libraries, restore mode.
     """

@@ -16,11 +16,14 @@ from cpt_mega.engine.layers import HostAttention, HostNorm
 from cpt_mega.errors import InputError
 
 
-def transformer_spec(config: TransformerConfig) -> ModuleSpec | TransformerBlockSubmodules:
-    """What GPTModel takes as ``transformer_layer_spec``. Raises InputError on a GPU without Transformer Engine."""
+def transformer_spec(config: TransformerConfig, vp_stage: int | None) -> ModuleSpec | TransformerBlockSubmodules:
+    """What GPTModel takes as ``transformer_layer_spec`` for one chunk of this stage.
+
+    Raises InputError on a GPU without Transformer Engine.
+    """
     if has_gpu():
         return _transformer_engine_spec(config.qk_layernorm)
-    layers = [_host_layer_spec(config.qk_layernorm)] * get_num_layers_to_build(config)
+    layers = [_host_layer_spec(config.qk_layernorm)] * get_num_layers_to_build(config, vp_stage=vp_stage)
     # A bare layer spec would give the final norm core's own class, which refuses sequence parallelism.
     return TransformerBlockSubmodules(layer_specs=layers, layer_norm=HostNorm)
 

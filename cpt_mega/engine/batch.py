@@ -2,7 +2,7 @@
 
 Megatron-core's packed format (``qkv_format="thd"``): documents follow each other, ``cu_seqlens`` says where they begin,
 attention and rotary positions restart at each. Every stage and every tensor-parallel rank builds the same micro-batch
-from the same rows: nothing about packing travels between processes.
+from the same rows: nothing about packing travels between processes. A context-parallel rank builds its part.
 """
 
 from collections.abc import Sequence
@@ -13,6 +13,8 @@ import numpy as np
 import torch
 from megatron.core.packed_seq_params import PackedSeqParams
 from torch import Tensor
+
+from cpt_mega.engine.context import FILLING, filled_lengths, rank_positions
 
 
 class Row(Protocol):
@@ -25,36 +27,76 @@ class Row(Protocol):
 
 
 @dataclass(frozen=True)
+class ContextPart:
+    """Which part of each document a rank computes: ``rank`` of ``size`` context-parallel ranks.
+
+    multiple: what this rank's number of tokens must be divisible by (the tensor-parallel size under SP).
+    """
+
+    size: int = 1
+    rank: int = 0
+    multiple: int = 1
+
+
+WHOLE = ContextPart()
+
+
+@dataclass(frozen=True)
 class MicroBatch:
-    """ids, labels, mask: [1, T]; lengths: of every document of every row, in order, summing to T; rows: how many."""
+    """This rank's part of some rows.
+
+    Attributes:
+        ids, labels, mask: [1, T / context-parallel size].
+        lengths: of every document of every row, in order, filling included; they sum to T.
+        positions: int64 [T / context-parallel size], where each token stands in the rows put one after another.
+        row_tokens: how many of this rank's tokens belong to each row.
+    """
 
     ids: Tensor
     labels: Tensor
     mask: Tensor
     lengths: tuple[int, ...]
-    rows: int
+    positions: np.ndarray
+    row_tokens: tuple[int, ...]
 
     @classmethod
-    def of(cls, rows: Sequence[Row], device: torch.device) -> "MicroBatch":
-        """Concatenates rows of equal length S into one of T = len(rows) * S tokens."""
+    def of(
+        cls, rows: Sequence[Row], device: torch.device, part: ContextPart = WHOLE, tokens: int | None = None
+    ) -> "MicroBatch":
+        """Concatenates rows of equal length S; ``tokens`` is T where several micro-batches must have one size."""
+        rows_lengths = [[int(length) for length in row.doc_lengths] for row in rows]
+        rows_positions = [rank_positions(lengths, part.size, part.rank) for lengths in rows_lengths]
+        lengths = [n for row in rows_lengths for n in filled_lengths(row, part.size)]
+        row_tokens = [len(positions) for positions in rows_positions]
+        filler = (filled_tokens(rows, part) if tokens is None else tokens) - sum(lengths)
+        if filler:  # one more document of nothing
+            lengths.append(filler)
+            row_tokens[-1] += filler // part.size
+            rows_positions.append(np.full(filler // part.size, FILLING, np.int64))
+        starts = np.cumsum([0] + [sum(x) for x in rows_lengths])
+        positions = np.concatenate(
+            [np.where(p == FILLING, FILLING, p + start) for p, start in zip(rows_positions, starts, strict=False)]
+        )
 
         def joined(name: str, dtype: torch.dtype) -> Tensor:
             values = np.concatenate([np.asarray(getattr(row, name)) for row in rows])
+            if part.size > 1:
+                values = np.where(positions == FILLING, 0, values[positions])
             return torch.from_numpy(values).to(device=device, dtype=dtype).unsqueeze(0)
 
-        lengths = tuple(int(length) for row in rows for length in row.doc_lengths)
         return cls(
             joined("ids", torch.int64),
             joined("labels", torch.int64),
             joined("loss_mask", torch.float32),
-            lengths,
-            len(rows),
+            tuple(lengths),
+            positions,
+            tuple(row_tokens),
         )
 
     @property
     def tokens(self) -> int:
-        """T, padding included."""
-        return self.ids.size(1)
+        """T, filling included."""
+        return sum(self.lengths)
 
     def packed_params(self) -> PackedSeqParams:
         """Where the documents lie, for core and Transformer Engine.
@@ -73,3 +115,11 @@ class MicroBatch:
             max_seqlen_q=longest,
             max_seqlen_kv=longest,
         )
+
+
+def filled_tokens(rows: Sequence[Row], part: ContextPart) -> int:
+    """T of a micro-batch of these rows: the tokens of all context-parallel ranks together."""
+    if part.size == 1:
+        return sum(int(length) for row in rows for length in row.doc_lengths)
+    total = sum(n for row in rows for n in filled_lengths([int(x) for x in row.doc_lengths], part.size))
+    return total + -total % (2 * part.size * part.multiple)

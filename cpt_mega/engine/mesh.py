@@ -16,16 +16,60 @@ from cpt_mega.errors import InputError
 
 
 @dataclass(frozen=True)
-class Mesh:
-    """Sizes, this process's place, and its groups. Made by ``start_mesh``."""
+class Layout:
+    """How many ways each kind of parallelism cuts; ``vpp`` is the number of chunks of a pipeline stage."""
 
     tp: int
     pp: int
+    vpp: int
+    cp: int
     dp: int
+
+    @classmethod
+    def of(cls, parallel: ParallelOptions, world: int) -> "Layout":
+        """Raises InputError when the processes do not divide into whole replicas."""
+        p = parallel
+        if world % p.model_size:
+            raise InputError(
+                "parallel",
+                f"tp {p.tp} x pp {p.pp} x cp {p.cp} on {world} processes",
+                f"start a multiple of {p.model_size} processes (torchrun --nproc-per-node), or change parallel.*",
+            )
+        return cls(p.tp, p.pp, p.vpp, p.cp, world // p.model_size)
+
+    @property
+    def name(self) -> str:
+        """As people write it, ``TP 2 x PP 1 x DP 1``; chunks and context parallelism only where there are any."""
+        chunks = f" (VPP {self.vpp})" if self.vpp > 1 else ""
+        context = f" x CP {self.cp}" if self.cp > 1 else ""
+        return f"TP {self.tp} x PP {self.pp}{chunks}{context} x DP {self.dp}"
+
+
+@dataclass(frozen=True)
+class Mesh:
+    """The layout, this process's place in it, and its groups. Made by ``start_mesh``."""
+
+    layout: Layout
     rank: int
     world: int
     groups: ProcessGroupCollection
     control: dist.ProcessGroup  # gloo over all ranks: small host-side agreements, never the step's tensors
+
+    @property
+    def tp(self) -> int:
+        return self.layout.tp
+
+    @property
+    def pp(self) -> int:
+        return self.layout.pp
+
+    @property
+    def cp(self) -> int:
+        return self.layout.cp
+
+    @property
+    def dp(self) -> int:
+        return self.layout.dp
 
     @property
     def dp_rank(self) -> int:
@@ -47,11 +91,6 @@ class Mesh:
     @property
     def device(self) -> torch.device:
         return torch.device("cuda", torch.cuda.current_device()) if has_gpu() else CPU
-
-    @property
-    def name(self) -> str:
-        """The layout as people write it: ``TP 2 x PP 1 x DP 1``."""
-        return f"TP {self.tp} x PP {self.pp} x DP {self.dp}"
 
     def barrier(self) -> None:
         dist.barrier(group=self.control)
@@ -80,38 +119,33 @@ def world_size() -> int:
     return int(os.environ.get("WORLD_SIZE", "1"))
 
 
-def data_parallel_size(parallel: ParallelOptions, world: int) -> int:
-    """Replicas of the model. Raises InputError when the processes do not divide into whole replicas."""
-    if world % parallel.model_size:
-        raise InputError(
-            "parallel",
-            f"tp {parallel.tp} x pp {parallel.pp} x cp {parallel.cp} on {world} processes",
-            f"start a multiple of {parallel.model_size} processes (torchrun --nproc-per-node), or change parallel.*",
-        )
-    return world // parallel.model_size
-
-
 def start_mesh(parallel: ParallelOptions, seed: int, timeout_s: float = 600.0) -> Mesh:
     """Starts torch.distributed (from torchrun's environment, or one process) and core's groups, and seeds this process.
 
     Raises InputError when the layout does not divide the processes.
     """
     world = world_size()
-    dp = data_parallel_size(parallel, world)
+    layout = Layout.of(parallel, world)
     _start_distributed(world, timedelta(seconds=timeout_s))
-    parallel_state.initialize_model_parallel(
-        tensor_model_parallel_size=parallel.tp,
-        pipeline_model_parallel_size=parallel.pp,
-        context_parallel_size=parallel.cp,
-        expert_model_parallel_size=parallel.ep,
-        create_gloo_process_groups=False,
-    )
+    start_groups(parallel)
     stage_seed = seed + 100 * parallel_state.get_pipeline_model_parallel_rank()  # as Megatron-LM has it
     torch.manual_seed(stage_seed)
     model_parallel_cuda_manual_seed(stage_seed)
     control = dist.new_group(backend="gloo") if has_gpu() else dist.group.WORLD
     groups = ProcessGroupCollection.use_mpu_process_groups()
-    return Mesh(parallel.tp, parallel.pp, dp, dist.get_rank(), world, groups, control)
+    return Mesh(layout, dist.get_rank(), world, groups, control)
+
+
+def start_groups(parallel: ParallelOptions) -> None:
+    """Core's process groups over the processes of torch.distributed."""
+    parallel_state.initialize_model_parallel(
+        tensor_model_parallel_size=parallel.tp,
+        pipeline_model_parallel_size=parallel.pp,
+        virtual_pipeline_model_parallel_size=parallel.vpp if parallel.vpp > 1 else None,
+        context_parallel_size=parallel.cp,
+        expert_model_parallel_size=parallel.ep,
+        create_gloo_process_groups=False,
+    )
 
 
 def stop_mesh() -> None:

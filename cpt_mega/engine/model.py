@@ -1,7 +1,6 @@
 """A ``ModelShape`` as a megatron-core model on this process's mesh."""
 
 import math
-from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
@@ -49,7 +48,12 @@ def transformer_config(config: Config, shape: ModelShape) -> TransformerConfig:
         attention_dropout=config.train.dropout,
         tensor_model_parallel_size=parallel.tp,
         pipeline_model_parallel_size=parallel.pp,
+        virtual_pipeline_model_parallel_size=parallel.vpp if parallel.vpp > 1 else None,
+        context_parallel_size=parallel.cp,
         sequence_parallel=parallel.sp,
+        # Interleaved stages exchange several tensors at once; batched, gloo matches them wrongly and in silence.
+        overlap_p2p_comm=parallel.vpp > 1,
+        batch_p2p_comm=parallel.vpp == 1,
         bf16=config.precision == "bf16",
         params_dtype=dtype,
         pipeline_dtype=dtype,
@@ -83,34 +87,42 @@ def _attention_fields(shape: ModelShape) -> dict:
     return fields
 
 
-def build_model(config: Config, shape: ModelShape, mesh: Mesh) -> GPTModel:
-    """This rank's part of the model. Its weights are undefined until a checkpoint is loaded into it."""
-    core = transformer_config(config, shape)
+def build_chunks(config: Config, shape: ModelShape, mesh: Mesh) -> list[GPTModel]:
+    """This rank's part of the model: one chunk, or ``parallel.vpp`` of an interleaved pipeline, in the model's order.
+
+    Weights are undefined until a checkpoint is loaded into them.
+    """
+    core, count = transformer_config(config, shape), config.parallel.vpp
+    return [_build_chunk(core, shape, mesh, stage, count) for stage in range(count)]
+
+
+def _build_chunk(core: TransformerConfig, shape: ModelShape, mesh: Mesh, stage: int, count: int) -> GPTModel:
+    is_last, vp_stage = mesh.is_last_stage and stage == count - 1, stage if count > 1 else None
     model = GPTModel(
         config=core,
-        transformer_layer_spec=transformer_spec(core),
+        transformer_layer_spec=transformer_spec(core, vp_stage),
         vocab_size=shape.padded_vocab_size,
         max_sequence_length=shape.max_positions,
-        pre_process=mesh.is_first_stage,
-        post_process=mesh.is_last_stage,
+        pre_process=mesh.is_first_stage and stage == 0,
+        post_process=is_last,
         share_embeddings_and_output_weights=shape.tied_embeddings,
         position_embedding_type="rope",
         rotary_base=shape.rope.theta,
         rotary_percent=shape.rope.partial,
         pg_collection=mesh.groups,
+        vp_stage=vp_stage,
     )
     # The reference's own frequencies: exact for every rope type, where core hard-codes llama3's constants.
     frequencies = shape.inverse_frequencies()
     model.rotary_pos_emb.inv_freq = frequencies.to(model.rotary_pos_emb.inv_freq.device)
-    if mesh.is_last_stage:
+    if is_last:
         _mask_padded_vocabulary(model, shape, mesh)
     return model.cuda()
 
 
-def wrap_for_training(model: GPTModel, config: Config, grad_scale: Callable | None = None) -> DistributedDataParallel:
+def wrap_for_training(chunks: list[GPTModel], config: Config) -> list[DistributedDataParallel]:
     """The model under core's data parallelism, gradients accumulated and reduced in fp32."""
-    core = model.config
-    inner = Float16Module(core, model) if core.bf16 else model
+    core = chunks[0].config
     options = DistributedDataParallelConfig(
         grad_reduce_in_fp32=True,
         use_distributed_optimizer=config.train.distributed_optimizer,
@@ -118,13 +130,20 @@ def wrap_for_training(model: GPTModel, config: Config, grad_scale: Callable | No
         check_for_nan_in_grad=False,
     )
     core.finalize_model_grads_func = finalize_model_grads
-    return DistributedDataParallel(core, options, inner)
+    # As Megatron-LM has it: only the first chunk's gradients come last, where buckets could overlap with the backward pass.
+    return [
+        DistributedDataParallel(core, options, _in_precision(chunk), disable_bucketing=i > 0)
+        for i, chunk in enumerate(chunks)
+    ]
 
 
-def wrap_for_scoring(model: GPTModel) -> torch.nn.Module:
+def wrap_for_scoring(chunks: list[GPTModel]) -> list[torch.nn.Module]:
     """The model as a forward pass alone, in the precision of training."""
-    inner = Float16Module(model.config, model) if model.config.bf16 else model
-    return inner.eval()
+    return [_in_precision(chunk).eval() for chunk in chunks]
+
+
+def _in_precision(chunk: GPTModel) -> torch.nn.Module:
+    return Float16Module(chunk.config, chunk) if chunk.config.bf16 else chunk
 
 
 class _FillPadding(torch.autograd.Function):

@@ -4,13 +4,12 @@ from megatron.core.distributed import DistributedDataParallel
 from megatron.core.optimizer import MegatronOptimizer, OptimizerConfig, get_megatron_optimizer
 
 from cpt_mega.config.schema import Config
-from cpt_mega.engine.mesh import Mesh
 
 
-def build_optimizer(model: DistributedDataParallel, config: Config, mesh: Mesh) -> MegatronOptimizer:
-    """Core's optimizer over one model chunk; no weight decay on norms and biases (core's standard parameter groups)."""
+def build_optimizer(chunks: list[DistributedDataParallel], config: Config) -> MegatronOptimizer:
+    """Core's optimizer over this rank's chunks; no weight decay on norms and biases (core's standard parameter groups)."""
     options = config.optimizer
-    core = model.module.config
+    core = chunks[0].module.config
     settings = OptimizerConfig(
         optimizer="adam",
         lr=options.lr,
@@ -24,7 +23,7 @@ def build_optimizer(model: DistributedDataParallel, config: Config, mesh: Mesh) 
         params_dtype=core.params_dtype,
         use_distributed_optimizer=config.train.distributed_optimizer,
     )
-    optimizer = get_megatron_optimizer(settings, [model], use_gloo_process_groups=False)
+    optimizer = get_megatron_optimizer(settings, chunks, use_gloo_process_groups=False)
     core.grad_scale_func = optimizer.scale_loss
     return optimizer
 

@@ -11,8 +11,8 @@ from megatron.core.tensor_parallel import model_parallel_cuda_manual_seed
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from cpt_mega.config import Config
-from cpt_mega.engine.mesh import Mesh
-from cpt_mega.engine.model import build_model
+from cpt_mega.engine.mesh import Layout, Mesh, start_groups
+from cpt_mega.engine.model import build_chunks
 from cpt_mega.hf.shape import ModelShape
 
 _GIB = 1024**3
@@ -39,15 +39,18 @@ def plan_ranks(config: Config, shape: ModelShape, world: int) -> list[RankPlan]:
 
 def _plan_rank(config: Config, shape: ModelShape, rank: int, world: int) -> RankPlan:
     with _pretended_mesh(config, rank, world) as mesh, torch.device("meta"):
-        model = build_model(config, shape, mesh)
-    parameters = sum(p.numel() for p in model.parameters())
-    return RankPlan(rank, mesh.groups.pp.rank(), parameters, parameters * _bytes_per_parameter(config, mesh.dp) / _GIB)
+        chunks = build_chunks(config, shape, mesh)
+    parameters = sum(p.numel() for chunk in chunks for p in chunk.parameters())
+    return RankPlan(
+        rank, mesh.groups.pp.rank(), parameters, parameters * _bytes_per_parameter(config, mesh.dp * mesh.cp) / _GIB
+    )
 
 
-def _bytes_per_parameter(config: Config, dp: int) -> float:
-    """Weights and fp32 gradients on each process; master weights and two moments shared by its data-parallel peers."""
+def _bytes_per_parameter(config: Config, peers: int) -> float:
+    """Weights and fp32 gradients on each process; master weights and two moments shared by ``peers`` with its part of
+    the model (data- and context-parallel ones)."""
     weights, master = (2, 4) if config.precision == "bf16" else (4, 0)
-    shared = dp if config.train.distributed_optimizer else 1
+    shared = peers if config.train.distributed_optimizer else 1
     return weights + 4 + (master + 8) / shared
 
 
@@ -56,11 +59,10 @@ def _pretended_mesh(config: Config, rank: int, world: int):
     """Core's groups over torch's fake backend, as process ``rank`` of ``world`` would see them."""
     dist.init_process_group("fake", rank=rank, world_size=world, store=FakeStore())
     try:
-        p = config.parallel
-        parallel_state.initialize_model_parallel(p.tp, p.pp, create_gloo_process_groups=False)
+        start_groups(config.parallel)
         model_parallel_cuda_manual_seed(config.train.seed)
         groups = ProcessGroupCollection.use_mpu_process_groups()
-        yield Mesh(p.tp, p.pp, world // p.model_size, rank, world, groups, dist.group.WORLD)
+        yield Mesh(Layout.of(config.parallel, world), rank, world, groups, dist.group.WORLD)
     finally:
         parallel_state.destroy_model_parallel()
         dist.destroy_process_group()

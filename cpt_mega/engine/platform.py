@@ -3,14 +3,14 @@
 from collections.abc import Iterator
 
 from cpt_mega.config.schema import Config
-from cpt_mega.engine.mesh import data_parallel_size
+from cpt_mega.engine.mesh import Layout
 from cpt_mega.errors import InputError
 from cpt_mega.hf.shape import VOCAB_MULTIPLE, ModelShape
 
 
 def check_layout(config: Config, shape: ModelShape, world: int) -> None:
     """Raises InputError for the first thing that cannot be; ``world`` is the number of processes."""
-    dp = data_parallel_size(config.parallel, world)
+    dp = Layout.of(config.parallel, world).dp
     for wrong, field, value, fix in (*_parallel_rules(config, shape), *_batch_rules(config, shape, dp)):
         if wrong:
             raise InputError(field, value, fix)
@@ -18,10 +18,17 @@ def check_layout(config: Config, shape: ModelShape, world: int) -> None:
 
 def _parallel_rules(config: Config, shape: ModelShape) -> Iterator[tuple[bool, str, object, str]]:
     p, groups = config.parallel, shape.kv_heads
-    yield p.cp > 1, "parallel.cp", p.cp, "context parallelism is not in this version; set it to 1 and use tp, sp and pp"
     yield p.ep > 1, "parallel.ep", p.ep, f"the {shape.family} family has no experts; set it to 1"
-    yield p.vpp > 1, "parallel.vpp", p.vpp, "interleaved pipelines are not in this version; set it to 1"
+    yield (
+        p.vpp > 1 and p.pp == 1,
+        "parallel.vpp",
+        p.vpp,
+        "interleaves pipeline stages: set parallel.pp above 1, or it to 1",
+    )
     yield shape.layers % p.pp > 0, "parallel.pp", p.pp, f"must divide the model's {shape.layers} layers"
+    chunks = p.pp * p.vpp
+    fix = f"parallel.pp {p.pp} x vpp must divide the model's {shape.layers} layers"
+    yield shape.layers % chunks > 0, "parallel.vpp", p.vpp, fix
     yield shape.heads % p.tp > 0, "parallel.tp", p.tp, f"must divide the model's {shape.heads} attention heads"
     yield shape.ffn_hidden_size % p.tp > 0, "parallel.tp", p.tp, f"must divide ffn_hidden_size {shape.ffn_hidden_size}"
     yield VOCAB_MULTIPLE % p.tp > 0, "parallel.tp", p.tp, f"must be a power of two up to {VOCAB_MULTIPLE}"
@@ -38,6 +45,11 @@ def _batch_rules(config: Config, shape: ModelShape, dp: int) -> Iterator[tuple[b
         train.global_batch_size,
         f"must be a multiple of micro_batch_size {train.micro_batch_size} x {dp} data-parallel replicas",
     )
+    rounds = train.global_batch_size // per_pass
+    fix = (
+        f"an interleaved pipeline takes micro-batches in rounds of parallel.pp {p.pp}, and a step has {rounds} of them"
+    )
+    yield p.vpp > 1 and rounds % p.pp > 0, "train.global_batch_size", train.global_batch_size, fix
     odd = p.sp and train.seq_length % p.tp > 0
     yield (
         odd,

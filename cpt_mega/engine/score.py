@@ -8,6 +8,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from cpt_mega.engine.batch import MicroBatch, Row
+from cpt_mega.engine.context import FILLING
 from cpt_mega.engine.step import Engine
 
 TOP = 5
@@ -23,8 +24,9 @@ class RowScores:
 
 
 def score_rows(engine: Engine, rows: Sequence[Row]) -> list[RowScores]:
-    """Scores of rows of one length, on the last pipeline stage (every tensor-parallel rank); an empty list elsewhere."""
-    return engine.forward_logits(rows, lambda logits, batch: _scores(engine, logits, batch))
+    """Scores of rows of one length, on the last pipeline stage (every tensor- and context-parallel rank); an empty list
+    elsewhere."""
+    return engine.forward_logits(rows, lambda logits, batch: _whole(engine, _scores(engine, logits, batch), batch))
 
 
 def _scores(engine: Engine, logits: Tensor, batch: MicroBatch) -> RowScores:
@@ -43,6 +45,20 @@ def _scores(engine: Engine, logits: Tensor, batch: MicroBatch) -> RowScores:
     return RowScores(label_logits - log_total, all_ids.gather(1, places), best - log_total.unsqueeze(1))
 
 
+def _whole(engine: Engine, part: RowScores, batch: MicroBatch) -> RowScores:
+    """The scores of all context-parallel ranks in the order of the row; filling is left out."""
+    group, size = engine.mesh.groups.cp, engine.mesh.cp
+    if size == 1:
+        return part
+    places = torch.from_numpy(batch.positions).to(part.logprobs.device)
+    positions = _gathered(places, size, group, dim=0)
+    order = positions.argsort()[int((positions == FILLING).sum()) :]
+    logprobs, ids, values = (
+        _gathered(x, size, group, dim=0)[order] for x in (part.logprobs, part.top_ids, part.top_logprobs)
+    )
+    return RowScores(logprobs, ids, values)
+
+
 def _log_sum_exp(local: Tensor, group) -> Tensor:
     """[T, v] split over a group to the [T] log of the sum of exponentials over the whole vocabulary."""
     largest = local.max(dim=1).values
@@ -52,8 +68,8 @@ def _log_sum_exp(local: Tensor, group) -> Tensor:
     return largest + total.log()
 
 
-def _gathered(part: Tensor, size: int, group) -> Tensor:
-    """[T, k] of each rank to [T, k * size], in rank order."""
+def _gathered(part: Tensor, size: int, group, dim: int = 1) -> Tensor:
+    """The parts of all ranks joined along one axis, in rank order."""
     parts = [torch.empty_like(part) for _ in range(size)]
     dist.all_gather(parts, part.contiguous(), group=group)
-    return torch.cat(parts, dim=1)
+    return torch.cat(parts, dim=dim)

@@ -41,10 +41,10 @@ def load_weights(engine: Engine, folder: Path) -> None:
 
     Raises CheckpointError naming the tensor that is missing, unexpected or misshapen.
     """
-    state = {"model": _model_state(engine)}
-    _check_strict(state["model"], folder)
+    state = _model_states(engine)
+    _check_strict(state, folder)
     loaded = dist_checkpointing.load(state, str(folder))
-    _take_weights(engine, loaded["model"])
+    _take_weights(engine, loaded)
     if engine.optimizer is not None:
         engine.optimizer.reload_model_params()
 
@@ -56,11 +56,11 @@ def load_everything(engine: Engine, folder: Path, same_layout: bool) -> None:
     """
     _make_moments(engine)
     state = _sharded_state(engine, is_loading=True)
-    _check_strict(state["model"], folder)
+    _check_strict(_model_states(engine), folder)
     if same_layout:
         state["rng"] = _sharded_rng(engine.mesh)
     loaded = dist_checkpointing.load(state, str(folder))
-    _take_weights(engine, loaded["model"])
+    _take_weights(engine, loaded)
     with torch.no_grad():  # in fp32 the shards are views of leaves that require gradients
         engine.optimizer.load_state_dict(loaded["optimizer"])
     if same_layout:
@@ -82,18 +82,29 @@ def _metadata(engine: Engine) -> dict:
     }
 
 
-def _model_state(engine: Engine) -> dict:
-    """Sharded tensors by name, from the bare model: under its wrappers the names would get a ``module.`` prefix."""
-    state = engine.core_model.sharded_state_dict(metadata=_metadata(engine))
+def _chunk_keys(engine: Engine) -> list[str]:
+    count = len(engine.core_chunks)
+    return ["model"] if count == 1 else [f"model{i}" for i in range(count)]
+
+
+def _model_states(engine: Engine) -> dict[str, dict]:
+    """Sharded tensors by name, under the key that core's optimizer expects of each chunk.
+
+    From the bare model: under its wrappers the names would get a ``module.`` prefix.
+    """
+    states = [chunk.sharded_state_dict(metadata=_metadata(engine)) for chunk in engine.core_chunks]
     # Transformer Engine's extra state holds FP8 scales, which no recipe of this version has.
-    return {name: value for name, value in state.items() if not isinstance(value, ShardedObject)}
+    return {
+        key: {name: value for name, value in state.items() if not isinstance(value, ShardedObject)}
+        for key, state in zip(_chunk_keys(engine), states, strict=True)
+    }
 
 
 def _sharded_state(engine: Engine, is_loading: bool) -> dict:
-    state = {"model": _model_state(engine)}
+    state = _model_states(engine)
     if engine.optimizer is not None:
         state["optimizer"] = engine.optimizer.sharded_state_dict(
-            state, is_loading=is_loading, metadata=_metadata(engine)
+            dict(state), is_loading=is_loading, metadata=_metadata(engine)
         )
     return state
 
@@ -105,11 +116,12 @@ def _make_moments(engine: Engine) -> None:
             part.init_state_fn(part.optimizer, part.config)
 
 
-def _take_weights(engine: Engine, weights: dict) -> None:
-    missing, unexpected = engine.core_model.load_state_dict(weights, strict=False)
-    missing = [name for name in missing if not name.endswith("_extra_state")]
-    if missing or unexpected:
-        raise CheckpointError("checkpoint", missing or unexpected, "tensors differ from the model's")
+def _take_weights(engine: Engine, loaded: dict) -> None:
+    for key, chunk in zip(_chunk_keys(engine), engine.core_chunks, strict=True):
+        missing, unexpected = chunk.load_state_dict(loaded[key], strict=False)
+        missing = [name for name in missing if not name.endswith("_extra_state")]
+        if missing or unexpected:
+            raise CheckpointError("checkpoint", missing or unexpected, "tensors differ from the model's")
 
 
 def _stored_shapes(folder: Path) -> dict[str, tuple[int, ...]]:
@@ -118,9 +130,9 @@ def _stored_shapes(folder: Path) -> dict[str, tuple[int, ...]]:
     return {name: tuple(e.size) for name, e in entries.items() if isinstance(e, TensorStorageMetadata)}
 
 
-def _check_strict(model_state: dict, folder: Path) -> None:
+def _check_strict(model_states: dict, folder: Path) -> None:
     """Raises CheckpointError unless names and global shapes are exactly this model's."""
-    expected = _expected_shapes(model_state)
+    expected = _expected_shapes(model_states)
     stored = _stored_shapes(folder)
     for name, shape in expected.items():
         if name not in stored:
@@ -130,9 +142,9 @@ def _check_strict(model_state: dict, folder: Path) -> None:
             raise CheckpointError("checkpoint", str(folder), fix)
 
 
-def _expected_shapes(model_state: dict) -> dict[str, tuple[int, ...]]:
+def _expected_shapes(model_states: dict) -> dict[str, tuple[int, ...]]:
     """Global shapes that this rank's part of the model reads. Factories (gate and up as one tensor) are expanded."""
-    expanded = {"model": dict(model_state)}
+    expanded = {key: dict(state) for key, state in model_states.items()}
     apply_factories(expanded)
     tensors = (value for value in nested_values(expanded) if isinstance(value, ShardedTensor))
     return {tensor.key: tuple(tensor.global_shape) for tensor in tensors}
@@ -140,7 +152,7 @@ def _expected_shapes(model_state: dict) -> dict[str, tuple[int, ...]]:
 
 def unexpected_tensors(engine: Engine, folder: Path) -> list[str]:
     """Weights in a checkpoint that no rank of this engine reads. A collective: every rank calls it."""
-    found = engine.mesh.gather(sorted(_expected_shapes(_model_state(engine))))
+    found = engine.mesh.gather(sorted(_expected_shapes(_model_states(engine))))
     names = engine.mesh.share(sorted({name for part in found for name in part}) if found else None)
     stored = (name for name in _stored_shapes(folder) if not name.startswith((_OPTIMIZER_PREFIX, _RNG_KEY)))
     return sorted(set(stored) - set(names))

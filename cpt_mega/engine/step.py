@@ -10,9 +10,9 @@ from megatron.core.pipeline_parallel import get_forward_backward_func
 from torch import Tensor
 
 from cpt_mega.config.schema import Config
-from cpt_mega.engine.batch import MicroBatch, Row
+from cpt_mega.engine.batch import ContextPart, MicroBatch, Row, filled_tokens
 from cpt_mega.engine.mesh import Mesh
-from cpt_mega.engine.model import build_model, wrap_for_scoring, wrap_for_training
+from cpt_mega.engine.model import build_chunks, wrap_for_scoring, wrap_for_training
 from cpt_mega.engine.optimizer import build_optimizer, set_learning_rate
 from cpt_mega.hf.shape import ModelShape
 
@@ -41,9 +41,10 @@ class Engine:
 
     def __init__(self, config: Config, shape: ModelShape, mesh: Mesh, train: bool = True):
         self.config, self.shape, self.mesh = config, shape, mesh
-        self.core_model = build_model(config, shape, mesh)
-        self.model = wrap_for_training(self.core_model, config) if train else wrap_for_scoring(self.core_model)
-        self.optimizer = build_optimizer(self.model, config, mesh) if train else None
+        self.core_chunks = build_chunks(config, shape, mesh)
+        self.chunks = wrap_for_training(self.core_chunks, config) if train else wrap_for_scoring(self.core_chunks)
+        self.optimizer = build_optimizer(self.chunks, config) if train else None
+        self._part = ContextPart(mesh.cp, mesh.groups.cp.rank(), mesh.tp if config.parallel.sp else 1)
         self._run_schedule = get_forward_backward_func()
 
     def my_rows(self, count: int) -> list[list[int]]:
@@ -54,7 +55,12 @@ class Engine:
         """
         size, dp, me = self.config.train.micro_batch_size, self.mesh.dp, self.mesh.dp_rank
         groups = (list(range(start, min(start + size, count))) for start in range(me * size, count, dp * size))
-        return [group + group[-1:] * (size - len(group)) for group in groups]
+        return self._whole_rounds([group + group[-1:] * (size - len(group)) for group in groups])
+
+    def _whole_rounds(self, batches: list) -> list:
+        """Interleaved stages take micro-batches in rounds of as many as there are stages: the last one again."""
+        missing = -len(batches) % self.mesh.pp if self.config.parallel.vpp > 1 and batches else 0
+        return batches + batches[-1:] * missing
 
     def train_step(self, count: int, read: Callable[[int], Row], lr: float) -> StepResult:
         """One optimizer update over a global batch of ``count`` rows; ``read(i)`` gives row i where it is needed.
@@ -62,8 +68,9 @@ class Engine:
         The loss is the mean over the real targets of the whole batch: core sums losses and counts, reduces both, and
         divides once (``calculate_per_token_loss``).
         """
-        self.model.train()
-        self.model.zero_grad_buffer()
+        self._set_training(True)
+        for chunk in self.chunks:
+            chunk.zero_grad_buffer()
         self.optimizer.zero_grad()
         set_learning_rate(self.optimizer, lr, self.config.optimizer.weight_decay)
         losses = self._losses(count, read, forward_only=False)
@@ -72,19 +79,23 @@ class Engine:
 
     def evaluate(self, count: int, read: Callable[[int], Row]) -> Tensor:
         """[rows, 2]: summed loss (nats) and real targets of each row, without gradients and without touching any state."""
-        was_training = self.model.training
-        self.model.eval()
+        was_training = self.chunks[0].training
+        self._set_training(False)
         with torch.no_grad():
             losses = self._losses(count, read, forward_only=True)
-        self.model.train(was_training)
+        self._set_training(was_training)
         return losses
 
+    def _set_training(self, training: bool) -> None:
+        for chunk in self.chunks:
+            chunk.train(training)
+
     def forward_logits(self, rows: Sequence[Row], consume: Callable[[Tensor, MicroBatch], object]) -> list:
-        """Runs rows one micro-batch each; ``consume`` sees the last stage's logits [1, T, padded_vocab / tp] and its batch.
+        """Runs rows one micro-batch each; ``consume`` sees the last stage's logits [1, t, padded_vocab / tp] and its batch.
 
         Returns what ``consume`` returned for each row on the last pipeline stage, an empty list elsewhere.
         """
-        batches = [MicroBatch.of([row], self.mesh.device) for row in rows]
+        batches = self._whole_rounds(self._batches([[row] for row in rows]))
 
         def forward(iterator: Iterator[MicroBatch], model):
             batch = next(iterator)
@@ -92,11 +103,16 @@ class Engine:
             return logits, lambda output, non_loss_data=True: consume(output, batch)
 
         with torch.no_grad():
-            return self._schedule(forward, batches, forward_only=True, collect_non_loss_data=True)
+            return self._schedule(forward, batches, forward_only=True, collect_non_loss_data=True)[: len(rows)]
+
+    def _batches(self, groups: list[list[Row]]) -> list[MicroBatch]:
+        """Micro-batches of one size: stages exchange tensors of one shape."""
+        tokens = max((filled_tokens(rows, self._part) for rows in groups), default=None)
+        return [MicroBatch.of(rows, self.mesh.device, self._part, tokens) for rows in groups]
 
     def _losses(self, count: int, read: Callable[[int], Row], forward_only: bool) -> Tensor:
         places = self.my_rows(count)
-        batches = [MicroBatch.of([read(i) for i in indices], self.mesh.device) for indices in places]
+        batches = self._batches([[read(i) for i in indices] for indices in places])
         found = self._schedule(_forward_with_loss, batches, forward_only=forward_only)
         losses = torch.zeros(count, 2, dtype=torch.float64, device=self.mesh.device)
         for indices, rows in zip(places, found, strict=False):
@@ -106,10 +122,12 @@ class Engine:
     def _schedule(self, forward: Callable, batches: list[MicroBatch], **options) -> list:
         if not batches:
             return []
+        iterators = [iter(batches) for _ in self.chunks]
+        interleaved = len(self.chunks) > 1
         return self._run_schedule(
             forward_step_func=forward,
-            data_iterator=iter(batches),
-            model=self.model,
+            data_iterator=iterators if interleaved else iterators[0],
+            model=self.chunks if interleaved else self.chunks[0],
             num_microbatches=len(batches),
             seq_length=batches[0].tokens,
             micro_batch_size=1,  # a packed micro-batch is one row of T tokens
@@ -117,7 +135,7 @@ class Engine:
         )
 
     def _reduced(self, losses: Tensor) -> Tensor:
-        """Rows of all data-parallel ranks, on every rank. Each row has one owner, so the sum is exact."""
+        """Rows of all data-parallel ranks, on every rank; each row has one owner or, context-parallel, several parts."""
         dist.all_reduce(losses, group=self.mesh.groups.dp_cp)
         if self.mesh.pp > 1:
             last = dist.get_process_group_ranks(self.mesh.groups.pp)[-1]
@@ -135,5 +153,11 @@ def _forward_with_loss(iterator: Iterator[MicroBatch], model):
 def _sum_of_losses(batch: MicroBatch, losses: Tensor) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
     """Sum of the real targets' losses, their number, and both for each row ([rows, 2], float64)."""
     masked = losses.float() * batch.mask
-    by_row = torch.stack([x.detach().double().view(batch.rows, -1).sum(dim=1) for x in (masked, batch.mask)], dim=1)
+    by_row = torch.stack(
+        [_row_sums(x.detach().double().view(-1), batch.row_tokens) for x in (masked, batch.mask)], dim=1
+    )
     return masked.sum(), batch.mask.sum().to(torch.int), {"rows": by_row}
+
+
+def _row_sums(values: Tensor, row_tokens: Sequence[int]) -> Tensor:
+    return torch.stack([row.sum() for row in values.split(list(row_tokens))])

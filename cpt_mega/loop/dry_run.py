@@ -1,12 +1,14 @@
 """``--dry-run``: everything a run checks at its start, in one process and without memory, and the plan it would follow."""
 
+from dataclasses import asdict
+
 from rich.table import Table
 
 from cpt_mega.checkpoint.restore import find_start, plan_restore
 from cpt_mega.config import Config
 from cpt_mega.config.schedule import LearningRate
 from cpt_mega.config.schema import ParallelOptions
-from cpt_mega.engine.mesh import data_parallel_size, start_mesh, stop_mesh
+from cpt_mega.engine.mesh import Layout, start_mesh, stop_mesh
 from cpt_mega.engine.plan import plan_ranks
 from cpt_mega.engine.platform import check_layout
 from cpt_mega.hf.model_info import ModelInfo
@@ -19,7 +21,7 @@ def print_plan(config: Config, world: int, command: str) -> None:
 
     Raises InputError for the first thing that would stop the run.
     """
-    dp = data_parallel_size(config.parallel, world)
+    layout = Layout.of(config.parallel, world)
     mesh = start_mesh(ParallelOptions(), config.train.seed)
     try:
         start = find_start(config, mesh)
@@ -27,8 +29,7 @@ def print_plan(config: Config, world: int, command: str) -> None:
         stop_mesh()
     inputs = open_inputs(config, start)
     check_layout(config, inputs.info.shape, world)
-    layout = {"tp": config.parallel.tp, "pp": config.parallel.pp, "dp": dp}
-    restore = plan_restore(config, start, inputs.lineage, layout)
+    restore = plan_restore(config, start, inputs.lineage, asdict(layout))
     console = make_console()
     console.print(_model_table(config, inputs.info, world))
     console.print(_ranks_table(config, inputs.info, world))
@@ -44,12 +45,12 @@ def print_plan(config: Config, world: int, command: str) -> None:
 
 
 def _model_table(config: Config, info: ModelInfo, world: int) -> Table:
-    p, train, rate = config.parallel, config.train, LearningRate.from_config(config)
+    train, rate = config.train, LearningRate.from_config(config)
     per_step = train.global_batch_size * train.seq_length
     table = Table(title="plan", title_justify="left", box=None, pad_edge=False, show_header=False)
     rows = {
         "model": f"{info.shape.family}, {info.shape.layers} layers, hidden {info.shape.hidden_size}, {config.precision}",
-        "processes": f"{world}: TP {p.tp} x PP {p.pp} x DP {world // p.model_size}",
+        "processes": f"{world}: {Layout.of(config.parallel, world).name}",
         "steps": f"about {-(-train.tokens // per_step):,} of {per_step:,} tokens",
         "learning rate": f"{rate.kind}: {rate.peak:g} after {rate.warmup_tokens:,} tokens, then {rate.floor:g} at the end",
     }

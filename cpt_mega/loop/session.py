@@ -3,6 +3,7 @@
 import os
 import shutil
 import socket
+from dataclasses import asdict
 from pathlib import Path
 
 import torch
@@ -65,7 +66,7 @@ def _run(config: Config, mesh: Mesh, request: StopRequest, command: str, clock: 
 def _run_claimed(
     config: Config, mesh: Mesh, folder: RunFolder, request: StopRequest, command: str, clock: StartUp
 ) -> tuple[str, str]:
-    console, layout = make_console(), {"tp": mesh.tp, "pp": mesh.pp, "dp": mesh.dp}
+    console, layout = make_console(), asdict(mesh.layout)
     start = find_start(config, mesh)
     inputs = open_inputs(config, start)
     check_layout(config, inputs.info.shape, mesh.world)
@@ -145,7 +146,9 @@ def _trainer_state(config: Config, restore: Restore, lineage: dict, layout: dict
 def _introduce(console: Console, config: Config, inputs: Inputs, restore: Restore, mesh: Mesh, clock: StartUp) -> None:
     """What a user reads before the first step: layout, contract, mixture, and what the start took."""
     shape = inputs.info.shape
-    words = f" {shape.family}, {shape.layers} layers, hidden {shape.hidden_size} | {mesh.name} | {config.precision}"
+    words = (
+        f" {shape.family}, {shape.layers} layers, hidden {shape.hidden_size} | {mesh.layout.name} | {config.precision}"
+    )
     console.print(words, style="bold")
     console.print(contract_table(f"restore: {restore.start.mode}", restore.rows))
     for note in (*restore.start.notes, *inputs.warnings):

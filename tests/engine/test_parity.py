@@ -15,8 +15,12 @@ LAYOUTS = {
     "tp2_sp": (2, ["parallel.tp=2", "parallel.sp=true"]),
     "pp2": (2, ["parallel.pp=2"]),
     "dp2": (2, []),
+    "pp2_vpp2": (2, ["parallel.pp=2", "parallel.vpp=2"]),
+    "cp2": (2, ["parallel.cp=2"]),
     "tp4": (4, ["parallel.tp=4", "parallel.sp=true"]),
     "tp2_sp_pp2": (4, ["parallel.tp=2", "parallel.sp=true", "parallel.pp=2"]),
+    "tp2_sp_cp2": (4, ["parallel.tp=2", "parallel.sp=true", "parallel.cp=2"]),
+    "pp2_vpp2_cp2": (4, ["parallel.pp=2", "parallel.vpp=2", "parallel.cp=2"]),
 }
 # fmt: off
 LLAMA3 = {"rope_type": "llama3", "rope_theta": 5e5, "factor": 4.0, "low_freq_factor": 1.0, "high_freq_factor": 2.0,
