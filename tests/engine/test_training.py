@@ -6,7 +6,7 @@ import torch
 
 from cpt_mega.hf.convert import import_hf
 from tests.helpers.jobsite import SEQ_LENGTH, checkpoint_tensors, metrics, write_documents
-from tests.helpers.models import tiny_llama, tiny_qwen2
+from tests.helpers.models import tiny_llama, tiny_mistral, tiny_qwen2, tiny_qwen3
 
 # (processes, overrides). micro-batches differ on purpose: rows hold unequal numbers of real targets.
 LAYOUTS = {
@@ -33,6 +33,8 @@ LAYOUTS = {
 }
 # Four processes on two cores are slow: these with the first model, all of them with both in the long matrix.
 QUICK_AT_FOUR = ("tp2_sp_pp2", "tp2_sp_pp2_vpp2", "tp2_sp_cp2", "pp2_cp2")
+# Where these models have something of their own: norms whose gradients tensor-parallel ranks share, windows over parts.
+OF_FAMILIES = {"qwen3": ("tp2", "tp2_sp", "pp2_vpp2"), "mistral": ("one", "cp2")}
 STEPS = 3
 
 
@@ -84,11 +86,24 @@ def llama(tmp_path_factory, workers):
 
 
 @pytest.fixture(scope="module")
+def qwen3(tmp_path_factory, workers):
+    return Site(tmp_path_factory.mktemp("qwen3"), tiny_qwen3, False, workers)
+
+
+@pytest.fixture(scope="module")
+def mistral(tmp_path_factory, workers):
+    return Site(tmp_path_factory.mktemp("mistral"), tiny_mistral, False, workers)
+
+
+@pytest.fixture(scope="module")
 def qwen2_tied(tmp_path_factory, workers):
     return Site(tmp_path_factory.mktemp("qwen2_tied"), tiny_qwen2, True, workers)
 
 
 def _enumerated():
+    for model, layouts in OF_FAMILIES.items():
+        for layout in layouts:
+            yield pytest.param(model, layout)
     for model in ("llama", "qwen2_tied"):
         for layout, (world, _) in LAYOUTS.items():
             is_long = world == 4 and (model != "llama" or layout not in QUICK_AT_FOUR)

@@ -5,8 +5,13 @@ from pathlib import Path
 import torch
 
 from cpt_mega.config import load_config
+from cpt_mega.config.load import build_config
 from cpt_mega.config.schema import ParallelOptions
+from cpt_mega.engine.context import filled_lengths, gathered_order, rank_positions
 from cpt_mega.engine.mesh import start_mesh, stop_mesh
+from cpt_mega.engine.platform import check_layout
+from cpt_mega.errors import InputError
+from cpt_mega.hf.shape import ModelShape
 from cpt_mega.loop.scoring import score_file
 from cpt_mega.loop.session import run_session
 
@@ -32,3 +37,23 @@ def transformers_logits(folder: str, ids: list[int]) -> list:
             return model(torch.tensor([ids])).logits[0].tolist()
     finally:
         stop_mesh()
+
+
+def refusal(shape: dict, world: int, overrides: list[str]) -> str | None:
+    """What a layout is refused for, or None."""
+    values = {"run": {"dir": "."}, "model": {"checkpoint": "."}, "train": {"tokens": 0}}
+    try:
+        check_layout(build_config(values, overrides), ModelShape.from_json(shape), world)
+    except InputError as error:
+        return str(error)
+    return None
+
+
+def context_parts(lengths: list[int], size: int) -> dict:
+    """How documents are shared over context-parallel ranks."""
+    filled = filled_lengths(lengths, size)
+    return {
+        "filled": filled,
+        "positions": [rank_positions(lengths, size, rank).tolist() for rank in range(size)],
+        "order": gathered_order(filled, size).tolist(),
+    }

@@ -15,6 +15,8 @@ LAYOUTS = {
     "pp2": (2, ["parallel.pp=2"]),
     "dp2": (2, []),
     "dp2_replicated_optimizer": (2, ["train.distributed_optimizer=false"]),
+    "pp2_vpp2": (2, ["parallel.pp=2", "parallel.vpp=2"]),
+    "cp2": (2, ["parallel.cp=2"]),
     "one_bf16": (1, ["precision=bf16"]),
     "dp2_bf16": (2, ["precision=bf16"]),
     "pp2_bf16_dropout": (2, ["parallel.pp=2", "precision=bf16", "train.dropout=0.1"]),
@@ -85,6 +87,7 @@ def test_state_saved_at_one_layout_goes_on_at_others(workers, jobsite, tmp_path)
         ("same", 2, ["parallel.tp=2", "parallel.sp=true"]),
         ("one", 1, []),
         ("pp2", 2, ["parallel.pp=2"]),
+        ("pp2_vpp2", 2, ["parallel.pp=2", "parallel.vpp=2"]),
         ("dp2", 2, []),
     ):
         words = [f"model.checkpoint={start}", "restore.mode=full", *overrides]
@@ -92,7 +95,7 @@ def test_state_saved_at_one_layout_goes_on_at_others(workers, jobsite, tmp_path)
         lines = metrics(tmp_path / name, "train")
         assert lines[0]["step"] == 2
         losses[name] = [line["loss"] for line in lines]
-    for name in ("one", "pp2", "dp2"):
+    for name in ("one", "pp2", "pp2_vpp2", "dp2"):
         assert losses[name] == pytest.approx(losses["same"], rel=1e-4), name
         assert losses[name][0] == pytest.approx(losses["same"][0], rel=1e-6), name
 

@@ -1,0 +1,55 @@
+"""What cannot be is refused before anything is built, with the option to change."""
+
+import pytest
+
+SHAPE = {
+    "family": "llama",
+    "layers": 12,
+    "hidden_size": 48,
+    "ffn_hidden_size": 80,
+    "heads": 6,
+    "kv_heads": 2,
+    "head_dim": 8,
+    "vocab_size": 301,
+    "max_positions": 128,
+    "norm_eps": 1e-5,
+    "rope": {"theta": 1e4},
+    "tied_embeddings": False,
+}
+BATCH = ["train.seq_length=128", "train.global_batch_size=8"]
+
+
+@pytest.mark.parametrize(
+    ("world", "overrides", "fields"),
+    [
+        (1, [], {}),
+        (2, ["parallel.tp=2", "parallel.sp=true"], {}),
+        (4, ["parallel.pp=2", "parallel.vpp=3", "parallel.cp=2"], {}),
+        (4, ["parallel.tp=4"], {"heads": 8}),
+    ],
+)
+def test_layouts_that_fit(workers, world, overrides, fields):
+    assert workers(1).run("refusal", shape=SHAPE | fields, world=world, overrides=[*BATCH, *overrides]) == [None]
+
+
+@pytest.mark.parametrize(
+    ("world", "overrides", "fields", "sentence"),
+    [
+        (3, ["parallel.tp=2"], {}, "parallel = 'tp 2 x pp 1 x cp 1 on 3 processes': start a multiple of 2"),
+        (2, ["parallel.pp=2"], {"layers": 3}, "parallel.pp = 2: must divide the model's 3 layers"),
+        (2, ["parallel.vpp=2"], {}, "parallel.vpp = 2: interleaves pipeline stages: set parallel.pp above 1"),
+        (2, ["parallel.pp=2", "parallel.vpp=4"], {}, "parallel.vpp = 4: parallel.pp 2 x vpp must divide"),
+        (2, ["parallel.pp=2", "parallel.vpp=2", "train.global_batch_size=9"], {}, "rounds of parallel.pp 2"),
+        (2, ["parallel.tp=2"], {"heads": 3, "kv_heads": 3}, "parallel.tp = 2: must divide the model's 3 attention"),
+        (3, ["parallel.tp=3"], {"ffn_hidden_size": 81}, "must be a power of two"),
+        (4, ["parallel.tp=4"], {"heads": 12, "kv_heads": 3}, "or be a multiple of, the model's 3 key/value heads"),
+        (2, ["parallel.tp=2"], {"ffn_hidden_size": 81}, "ffn_hidden_size 81"),
+        (2, ["parallel.ep=2"], {}, "parallel.ep = 2: the llama family has no experts"),
+        (2, ["train.global_batch_size=7"], {}, "train.global_batch_size = 7: must be a multiple"),
+        (2, ["parallel.tp=2", "parallel.sp=true", "train.seq_length=127"], {}, "train.seq_length = 127"),
+        (1, ["train.seq_length=129"], {}, "the model has 128 positions"),
+    ],
+)
+def test_refused_with_what_to_change(workers, world, overrides, fields, sentence):
+    (said,) = workers(1).run("refusal", shape=SHAPE | fields, world=world, overrides=[*BATCH, *overrides])
+    assert said is not None and sentence in said
