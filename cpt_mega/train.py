@@ -56,6 +56,9 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
 
 
 def _train(config, command: str) -> int:
+    from cpt_mega.engine.fast_paths import apply_environment
+
+    apply_environment(config.parallel, config.train.deterministic)  # before anything starts CUDA
     from cpt_mega.loop.run_folder import STATE_CODES
     from cpt_mega.loop.session import run_session
 

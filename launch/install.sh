@@ -1,11 +1,12 @@
 #!/usr/bin/env bash
 # Makes .venv in the checkout and installs cpt_mega with the pinned versions of launch/constraints.txt.
 # Usage: launch/install.sh [EXTRA]      e.g. launch/install.sh test
+# PYTHON names the interpreter, VENV another folder than .venv.
 # Prints nothing when everything is in place already; a changed pyproject.toml or constraints.txt installs again.
 set -euo pipefail
 root=$(cd "$(dirname "$0")/.." && pwd)
 extra=${1:-}
-venv=$root/.venv
+venv=${VENV:-$root/.venv}
 
 find_python() {
   local name
@@ -29,7 +30,7 @@ if ! "$venv/bin/python" -c '' 2>/dev/null; then # missing, cut short, or moved w
   rm -rf "$venv"
   "$python" -m venv "$venv"
 fi
-echo "installing into $venv (pinned by launch/constraints.txt; about a minute)"
+echo "installing into $venv (pinned by launch/constraints.txt; a minute or two)"
 "$venv/bin/python" -m pip install --quiet --disable-pip-version-check --no-warn-script-location \
   --constraint "$root/launch/constraints.txt" --editable "$root${extra:+[$extra]}" 2> >(grep -v '^WARNING: Location' >&2)
 echo "$wanted" >"$stamp"

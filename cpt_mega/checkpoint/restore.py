@@ -30,6 +30,7 @@ _NEEDS_ACCEPTANCE = (
     *(f"schedule.{name}" for name in ("kind", "warmup_tokens", "decay_tokens")),
     "eval.sets",
     "eval.max_tokens",
+    "core",
 )
 
 # The two optimizers keep different tensors, so one cannot read what the other wrote.

@@ -34,12 +34,16 @@ class LearningRate:
             total_tokens=total,
         )
 
-    def at(self, tokens: int) -> float:
-        """Rate for a step that ends at ``tokens`` (>= 0); the first step of a run is not wasted at rate zero."""
+    def at(self, tokens: int, peak: float | None = None, floor: float | None = None) -> float:
+        """Rate for a step that ends at ``tokens`` (>= 0); the first step of a run is not wasted at rate zero.
+
+        ``peak`` and ``floor`` are for parameters that have their own.
+        """
+        peak, floor = (self.peak if peak is None else peak), (self.floor if floor is None else floor)
         if tokens < self.warmup_tokens:
-            return self.peak * tokens / self.warmup_tokens
+            return peak * tokens / self.warmup_tokens
         if self.kind == "constant":
-            return self.peak
+            return peak
         start = (
             self.warmup_tokens
             if self.kind == "cosine"
@@ -48,5 +52,5 @@ class LearningRate:
         span = self.total_tokens - start
         done = min(1.0, max(0.0, (tokens - start) / span)) if span > 0 else float(tokens >= self.total_tokens)
         if self.kind == "cosine":
-            return self.floor + 0.5 * (self.peak - self.floor) * (1.0 + math.cos(math.pi * done))
-        return self.peak + (self.floor - self.peak) * done
+            return floor + 0.5 * (peak - floor) * (1.0 + math.cos(math.pi * done))
+        return peak + (floor - peak) * done

@@ -10,6 +10,7 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 PositiveInt = Annotated[int, Field(ge=1)]
 NonNegativeInt = Annotated[int, Field(ge=0)]
+Precision = Literal["fp32", "bf16", "fp8-delayed", "fp8-tensorwise", "fp8-blockwise", "mxfp8"]
 Share = Annotated[float, Field(ge=0.0, le=1.0)]
 
 
@@ -19,8 +20,16 @@ class Section(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
 
 
+# A value of one of megatron-core's own fields, as a file can hold it.
+CoreValue = bool | int | float | str | None | tuple[bool | int | float | str, ...]
+
+
 class RunOptions(Section):
     dir: str = Field(description="folder of the run: status, metrics, checkpoints, exports")
+    start_timeout_s: PositiveInt = Field(
+        1800, description="longest wait for another process until the first step is done"
+    )
+    timeout_s: PositiveInt = Field(600, description="longest wait for another process after that; longer is a fault")
 
 
 class ModelOptions(Section):
@@ -68,6 +77,12 @@ class TrainOptions(Section):
         "none", description="activations recomputed in the backward pass"
     )
     deterministic: bool = Field(False, description="only kernels that give the same bits on every run")
+    gc_interval_steps: NonNegativeInt = Field(
+        100, description="steps between garbage collections, made by all processes together; 0: Python's own"
+    )
+    replica_check_steps: PositiveInt | None = Field(
+        1000, description="steps between checks that replicated parameters are bit-equal; null: never"
+    )
     distributed_optimizer: bool = Field(True, description="shard optimizer state over data-parallel ranks")
     dropout: Share = Field(0.0, description="hidden and attention dropout; zero keeps the base model's own function")
 
@@ -141,6 +156,13 @@ class LoggingOptions(Section):
     wandb_project: str = Field("cpt_mega", description="W&B project")
 
 
+class ProfileOptions(Section):
+    start: PositiveInt | None = Field(None, description="first step that is profiled; null: none")
+    end: PositiveInt | None = Field(None, description="last step that is profiled; none: the third from the start")
+    ranks: tuple[NonNegativeInt, ...] = Field((0,), description="processes that write run.dir/profile")
+    memory: bool = Field(False, description="also a snapshot of the CUDA allocator (torch.cuda.memory)")
+
+
 class Config(Section):
     """The whole configuration of a run. ``model_dump()`` gives plain values for YAML and checkpoints."""
 
@@ -149,8 +171,8 @@ class Config(Section):
     tokenizer: TokenizerOptions = TokenizerOptions()
     restore: RestoreOptions = RestoreOptions()
     parallel: ParallelOptions = ParallelOptions()
-    precision: Literal["fp32", "bf16"] = Field(
-        "bf16", description="arithmetic of the model; bf16 keeps fp32 master weights"
+    precision: Precision = Field(
+        "bf16", description="arithmetic of the model; bf16 and FP8 keep fp32 master weights, FP8 needs a GPU"
     )
     train: TrainOptions
     optimizer: OptimizerOptions = OptimizerOptions()
@@ -160,6 +182,10 @@ class Config(Section):
     eval: EvalOptions = EvalOptions()
     gates: GateOptions = GateOptions()
     logging: LoggingOptions = LoggingOptions()
+    profile: ProfileOptions = ProfileOptions()
+    core: dict[str, CoreValue] = Field(
+        {}, description="megatron-core's own switches under core's names, e.g. decoupled_lr, overlap_param_gather"
+    )
 
     @model_validator(mode="after")
     def _combinations(self) -> "Config":
@@ -174,6 +200,12 @@ class Config(Section):
             "data.sources: name at least one corpus to train on": self.train.tokens > 0 and not self.data.sources,
             "parallel.sp: needs parallel.tp above 1; set parallel.tp or drop parallel.sp": (
                 self.parallel.sp and self.parallel.tp == 1
+            ),
+            "profile.end: must not come before profile.start": (
+                self.profile.start is not None and (self.profile.end or self.profile.start) < self.profile.start
+            ),
+            "profile.start: is needed where profile.end is set": (
+                self.profile.end is not None and self.profile.start is None
             ),
         }
         for sentence, wrong in problems.items():

@@ -6,7 +6,7 @@ from the same rows: nothing about packing travels between processes. A context-p
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Protocol
 
 import numpy as np
@@ -30,7 +30,7 @@ class Row(Protocol):
 class ContextPart:
     """Which part of each document a rank computes: ``rank`` of ``size`` context-parallel ranks.
 
-    multiple: what this rank's number of tokens must be divisible by (the tensor-parallel size under SP).
+    multiple: what this rank's number of tokens must be divisible by (for sequence parallelism, for FP8).
     """
 
     size: int = 1
@@ -50,6 +50,7 @@ class MicroBatch:
         lengths: of every document of every row, in order, filling included; they sum to T.
         positions: int64 [T / context-parallel size], where each token stands in the rows put one after another.
         row_tokens: how many of this rank's tokens belong to each row.
+        bounds: int32 [documents + 1], where each document begins, and T.
     """
 
     ids: Tensor
@@ -58,12 +59,14 @@ class MicroBatch:
     lengths: tuple[int, ...]
     positions: np.ndarray
     row_tokens: tuple[int, ...]
+    bounds: Tensor
 
     @classmethod
-    def of(
-        cls, rows: Sequence[Row], device: torch.device, part: ContextPart = WHOLE, tokens: int | None = None
-    ) -> "MicroBatch":
-        """Concatenates rows of equal length S; ``tokens`` is T where several micro-batches must have one size."""
+    def of(cls, rows: Sequence[Row], part: ContextPart = WHOLE, tokens: int | None = None) -> "MicroBatch":
+        """Concatenates rows of equal length S; ``tokens`` is T where several micro-batches must have one size.
+
+        The result is in pinned host memory where there is a GPU: ``to`` then waits for nothing.
+        """
         rows_lengths = [[int(length) for length in row.doc_lengths] for row in rows]
         rows_positions = [rank_positions(lengths, part.size, part.rank) for lengths in rows_lengths]
         lengths = [n for row in rows_lengths for n in filled_lengths(row, part.size)]
@@ -80,9 +83,9 @@ class MicroBatch:
 
         def joined(name: str, dtype: torch.dtype) -> Tensor:
             values = np.concatenate([np.asarray(getattr(row, name)) for row in rows])
-            if part.size > 1:
+            if len(positions) != len(values) or part.size > 1:
                 values = np.where(positions == FILLING, 0, values[positions])
-            return torch.from_numpy(values).to(device=device, dtype=dtype).unsqueeze(0)
+            return torch.from_numpy(values).to(dtype).unsqueeze(0).pin_memory()
 
         return cls(
             joined("ids", torch.int64),
@@ -91,7 +94,15 @@ class MicroBatch:
             tuple(lengths),
             positions,
             tuple(row_tokens),
+            torch.tensor(np.cumsum([0, *lengths]), dtype=torch.int32, device="cpu").pin_memory(),
         )
+
+    def to(self, device: torch.device) -> "MicroBatch":
+        """The same on a device."""
+        moved = {
+            name: getattr(self, name).to(device, non_blocking=True) for name in ("ids", "labels", "mask", "bounds")
+        }
+        return replace(self, **moved)
 
     @property
     def tokens(self) -> int:
@@ -104,14 +115,11 @@ class MicroBatch:
         max_seqlen is the longest document and never T: when the rotary table is exactly as long as the row, core's
         unfused rope stops restarting at documents without a word (megatron/core/models/common/embeddings/rope_utils.py).
         """
-        bounds = torch.tensor((0, *self.lengths), dtype=torch.int32, device=self.ids.device).cumsum(
-            0, dtype=torch.int32
-        )
         longest = max(self.lengths)
         return PackedSeqParams(
             qkv_format="thd",
-            cu_seqlens_q=bounds,
-            cu_seqlens_kv=bounds,
+            cu_seqlens_q=self.bounds,
+            cu_seqlens_kv=self.bounds,
             max_seqlen_q=longest,
             max_seqlen_kv=longest,
         )
@@ -119,7 +127,5 @@ class MicroBatch:
 
 def filled_tokens(rows: Sequence[Row], part: ContextPart) -> int:
     """T of a micro-batch of these rows: the tokens of all context-parallel ranks together."""
-    if part.size == 1:
-        return sum(int(length) for row in rows for length in row.doc_lengths)
     total = sum(n for row in rows for n in filled_lengths([int(x) for x in row.doc_lengths], part.size))
-    return total + -total % (2 * part.size * part.multiple)
+    return total + -total % (part.multiple * (2 * part.size if part.size > 1 else 1))

@@ -7,6 +7,7 @@ expects. Each stand-in is a separate function object: dynamo's tables are keyed 
 """
 
 import contextlib
+import ctypes
 import functools
 from collections.abc import Callable
 from types import SimpleNamespace
@@ -29,6 +30,18 @@ _prepared = False
 def has_gpu() -> bool:
     """Whether the engine runs on CUDA. Asked of the driver, never of the stand-ins."""
     return torch.cuda.is_available()
+
+
+def compute_capability(device: int = 0) -> tuple[int, int]:
+    """The GPU's compute capability, asked of the driver: torch would start CUDA, which reads its environment only once."""
+    driver, device_handle, value = ctypes.CDLL("libcuda.so.1"), ctypes.c_int(), ctypes.c_int()
+    driver.cuInit(0)
+    driver.cuDeviceGet(ctypes.byref(device_handle), device)
+    found = []
+    for attribute in (75, 76):  # CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR, _MINOR
+        driver.cuDeviceGetAttribute(ctypes.byref(value), attribute, device_handle)
+        found.append(value.value)
+    return found[0], found[1]
 
 
 def prepare() -> None:

@@ -12,11 +12,12 @@ from torch import Tensor
 
 from cpt_mega.config.schema import Config
 from cpt_mega.engine.backend import transformer_spec
+from cpt_mega.engine.core_options import core_fields
+from cpt_mega.engine.fast_paths import fast_fields, overlap_fields
 from cpt_mega.engine.host import has_gpu
 from cpt_mega.engine.mesh import Mesh
+from cpt_mega.engine.precision import precision_fields
 from cpt_mega.hf.shape import ModelShape
-
-_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 # What each value of train.recompute means in core's own fields.
 _RECOMPUTE = {
@@ -27,50 +28,58 @@ _RECOMPUTE = {
 
 
 def transformer_config(config: Config, shape: ModelShape) -> TransformerConfig:
-    """Core's own configuration for this model, layout and precision."""
-    parallel, gpu, dtype = config.parallel, has_gpu(), _DTYPES[config.precision]
-    return TransformerConfig(
-        num_layers=shape.layers,
-        hidden_size=shape.hidden_size,
-        ffn_hidden_size=shape.ffn_hidden_size,
-        num_attention_heads=shape.heads,
-        num_query_groups=shape.kv_heads,
-        kv_channels=shape.head_dim,
-        normalization="RMSNorm",
-        layernorm_epsilon=shape.norm_eps,
-        gated_linear_unit=True,
-        activation_func=F.silu,
-        add_bias_linear=False,
-        add_qkv_bias=shape.qkv_bias,
-        qk_layernorm=shape.qk_norm,
-        **_attention_fields(shape),
-        hidden_dropout=config.train.dropout,
-        attention_dropout=config.train.dropout,
-        tensor_model_parallel_size=parallel.tp,
-        pipeline_model_parallel_size=parallel.pp,
-        virtual_pipeline_model_parallel_size=parallel.vpp if parallel.vpp > 1 else None,
-        context_parallel_size=parallel.cp,
-        sequence_parallel=parallel.sp,
-        # Interleaved stages exchange several tensors at once; batched, gloo matches them wrongly and in silence.
-        overlap_p2p_comm=parallel.vpp > 1,
-        batch_p2p_comm=parallel.vpp == 1,
-        bf16=config.precision == "bf16",
-        params_dtype=dtype,
-        pipeline_dtype=dtype,
-        calculate_per_token_loss=True,
+    """Core's own configuration for this model, layout and precision; ``core.*`` has the last word where it may speak."""
+    fields = {
+        **_shape_fields(config, shape),
+        **_parallel_fields(config),
+        **precision_fields(config.precision),
+        **fast_fields(),
+        "calculate_per_token_loss": True,
         # Weights are always restored, but core marks what is tensor-parallel while it initialises: without the mark the
         # gradient norm counts sharded weights on one rank only, and clipping goes wrong in silence.
-        perform_initialization=True,
-        use_cpu_initialization=not gpu,
-        bias_activation_fusion=gpu,
-        apply_rope_fusion=gpu,
-        masked_softmax_fusion=False,
-        gradient_accumulation_fusion=False,
-        deterministic_mode=config.train.deterministic,
-        # gloo still reads a sent tensor when core frees it: wrong losses, silently.
-        deallocate_pipeline_outputs=gpu,
+        "perform_initialization": True,
+        "use_cpu_initialization": not has_gpu(),
+        "deterministic_mode": config.train.deterministic,
         **_RECOMPUTE[config.train.recompute],
-    )
+    }
+    return TransformerConfig(**{**fields, **core_fields(config.core, TransformerConfig)})
+
+
+def _shape_fields(config: Config, shape: ModelShape) -> dict:
+    return {
+        "num_layers": shape.layers,
+        "hidden_size": shape.hidden_size,
+        "ffn_hidden_size": shape.ffn_hidden_size,
+        "num_attention_heads": shape.heads,
+        "num_query_groups": shape.kv_heads,
+        "kv_channels": shape.head_dim,
+        "normalization": "RMSNorm",
+        "layernorm_epsilon": shape.norm_eps,
+        "gated_linear_unit": True,
+        "activation_func": F.silu,
+        "add_bias_linear": False,
+        "add_qkv_bias": shape.qkv_bias,
+        "qk_layernorm": shape.qk_norm,
+        "hidden_dropout": config.train.dropout,
+        "attention_dropout": config.train.dropout,
+        **_attention_fields(shape),
+    }
+
+
+def _parallel_fields(config: Config) -> dict:
+    parallel = config.parallel
+    return {
+        "tensor_model_parallel_size": parallel.tp,
+        "pipeline_model_parallel_size": parallel.pp,
+        "virtual_pipeline_model_parallel_size": parallel.vpp if parallel.vpp > 1 else None,
+        "context_parallel_size": parallel.cp,
+        "sequence_parallel": parallel.sp,
+        # Interleaved stages exchange several tensors at once; batched, gloo matches them wrongly and in silence.
+        "overlap_p2p_comm": parallel.vpp > 1,
+        "batch_p2p_comm": parallel.vpp == 1,
+        # gloo still reads a sent tensor when core frees it: wrong losses, silently.
+        "deallocate_pipeline_outputs": has_gpu(),
+    }
 
 
 def _attention_fields(shape: ModelShape) -> dict:
@@ -123,18 +132,43 @@ def _build_chunk(core: TransformerConfig, shape: ModelShape, mesh: Mesh, stage: 
 def wrap_for_training(chunks: list[GPTModel], config: Config) -> list[DistributedDataParallel]:
     """The model under core's data parallelism, gradients accumulated and reduced in fp32."""
     core = chunks[0].config
-    options = DistributedDataParallelConfig(
-        grad_reduce_in_fp32=True,
-        use_distributed_optimizer=config.train.distributed_optimizer,
-        overlap_grad_reduce=False,
-        check_for_nan_in_grad=False,
-    )
+    options = ddp_config(config)
     core.finalize_model_grads_func = finalize_model_grads
     # As Megatron-LM has it: only the first chunk's gradients come last, where buckets could overlap with the backward pass.
-    return [
+    wrapped = [
         DistributedDataParallel(core, options, _in_precision(chunk), disable_bucketing=i > 0)
         for i, chunk in enumerate(chunks)
     ]
+    _connect_overlap(core, options, wrapped)
+    return wrapped
+
+
+def ddp_config(config: Config) -> DistributedDataParallelConfig:
+    """Gradients accumulated and reduced in fp32, unless ``core.*`` says otherwise."""
+    fields = {
+        "grad_reduce_in_fp32": True,
+        "use_distributed_optimizer": config.train.distributed_optimizer,
+        "check_for_nan_in_grad": False,  # the loop looks at loss and norm of each step
+        **overlap_fields(config),
+    }
+    return DistributedDataParallelConfig(**{**fields, **core_fields(config.core, DistributedDataParallelConfig)})
+
+
+def _connect_overlap(
+    core: TransformerConfig, options: DistributedDataParallelConfig, chunks: list[DistributedDataParallel]
+) -> None:
+    """What core's schedules call when communication overlaps with computing (Megatron-LM, training.py)."""
+
+    def calls(name: str):
+        found = [getattr(chunk, name) for chunk in chunks]
+        return found if len(chunks) > 1 else found[0]
+
+    if options.overlap_grad_reduce:
+        core.no_sync_func = calls("no_sync")
+        if len(chunks) > 1:
+            core.grad_sync_func = calls("start_grad_sync")
+    if options.overlap_param_gather and options.align_param_gather:
+        core.param_sync_func = calls("start_param_sync")
 
 
 def wrap_for_scoring(chunks: list[GPTModel]) -> list[torch.nn.Module]:

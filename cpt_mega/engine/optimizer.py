@@ -1,35 +1,53 @@
 """Adam through megatron-core, sharded over data-parallel ranks, with fp32 master weights under bf16."""
 
+from collections.abc import Callable
+
 from megatron.core.distributed import DistributedDataParallel
 from megatron.core.optimizer import MegatronOptimizer, OptimizerConfig, get_megatron_optimizer
 
 from cpt_mega.config.schema import Config
+from cpt_mega.engine.core_options import core_fields
 
 
 def build_optimizer(chunks: list[DistributedDataParallel], config: Config) -> MegatronOptimizer:
     """Core's optimizer over this rank's chunks; no weight decay on norms and biases (core's standard parameter groups)."""
     options = config.optimizer
     core = chunks[0].module.config
-    settings = OptimizerConfig(
-        optimizer="adam",
-        lr=options.lr,
-        min_lr=config.min_lr,
-        weight_decay=options.weight_decay,
-        adam_beta1=options.beta1,
-        adam_beta2=options.beta2,
-        adam_eps=options.eps,
-        clip_grad=options.clip_norm,
-        bf16=core.bf16,
-        params_dtype=core.params_dtype,
-        use_distributed_optimizer=config.train.distributed_optimizer,
-    )
+    fields = {
+        "optimizer": "adam",
+        "lr": options.lr,
+        "min_lr": config.min_lr,
+        "weight_decay": options.weight_decay,
+        "adam_beta1": options.beta1,
+        "adam_beta2": options.beta2,
+        "adam_eps": options.eps,
+        "clip_grad": options.clip_norm,
+        "bf16": core.bf16,
+        "params_dtype": core.params_dtype,
+        "fp8_recipe": core.fp8_recipe if core.fp8 else None,
+        "use_distributed_optimizer": config.train.distributed_optimizer,
+        "overlap_param_gather": chunks[0].ddp_config.overlap_param_gather,
+    }
+    settings = OptimizerConfig(**{**fields, **core_fields(config.core, OptimizerConfig)})
     optimizer = get_megatron_optimizer(settings, chunks, use_gloo_process_groups=False)
     core.grad_scale_func = optimizer.scale_loss
     return optimizer
 
 
-def set_learning_rate(optimizer: MegatronOptimizer, lr: float, weight_decay: float) -> None:
-    """Sets this step's rates; what core's OptimizerParamScheduler does, without its state."""
+def set_learning_rate(optimizer: MegatronOptimizer, config: Config, rate: Callable[[float, float], float]) -> float:
+    """Sets this step's rates; what core's OptimizerParamScheduler does, without its state. Returns the default one.
+
+    Args:
+        rate: the schedule's value for a peak and a floor. Embedding and output layer have their own with
+            ``core.decoupled_lr``. Both come from the configuration: a restored group remembers those of its run.
+    """
+    default = rate(config.optimizer.lr, config.min_lr)
+    settings = optimizer.config
     for group in optimizer.param_groups:
+        lr = default
+        if not group.get("default_config", True):
+            floor = config.min_lr if settings.decoupled_min_lr is None else settings.decoupled_min_lr
+            lr = rate(settings.decoupled_lr, min(floor, settings.decoupled_lr))
         group["lr"] = lr * group.get("lr_mult", 1.0)
-        group["weight_decay"] = weight_decay * group.get("wd_mult", 1.0)
+        group["weight_decay"] = config.optimizer.weight_decay * group.get("wd_mult", 1.0)
+    return default

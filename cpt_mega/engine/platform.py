@@ -3,13 +3,17 @@
 from collections.abc import Iterator
 
 from cpt_mega.config.schema import Config
+from cpt_mega.engine.core_options import check_core_options
 from cpt_mega.engine.mesh import Layout
+from cpt_mega.engine.precision import check_precision
 from cpt_mega.errors import InputError
 from cpt_mega.hf.shape import VOCAB_MULTIPLE, ModelShape
 
 
 def check_layout(config: Config, shape: ModelShape, world: int) -> None:
     """Raises InputError for the first thing that cannot be; ``world`` is the number of processes."""
+    check_precision(config)
+    check_core_options(config.core)
     dp = Layout.of(config.parallel, world).dp
     for wrong, field, value, fix in (*_parallel_rules(config, shape), *_batch_rules(config, shape, dp)):
         if wrong:

@@ -26,6 +26,7 @@ _OPTIMIZER_PREFIX = "optimizer."
 
 def save_engine(engine: Engine, folder: Path) -> None:
     """Writes weights, optimizer state and generators into an empty folder. A collective that returns when all is on disk."""
+    engine.gather_parameters()
     if engine.optimizer is not None:
         _make_moments(engine)
     state = _sharded_state(engine, is_loading=False)

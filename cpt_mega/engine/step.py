@@ -1,4 +1,8 @@
-"""The step: rows in, one optimizer update or one evaluation out, under core's own schedules at any layout."""
+"""The step: rows in, one optimizer update or one evaluation out, under core's own schedules at any layout.
+
+Nothing in a step waits for the device but core's own gradient clipping: batches lie in pinned memory, losses are reduced
+and copied beside the next step's work, and their numbers are asked for when that step is under way (``PendingStep``).
+"""
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -11,19 +15,31 @@ from torch import Tensor
 
 from cpt_mega.config.schema import Config
 from cpt_mega.engine.batch import ContextPart, MicroBatch, Row, filled_tokens
+from cpt_mega.engine.fast_paths import FastPath, fast_paths
 from cpt_mega.engine.mesh import Mesh
 from cpt_mega.engine.model import build_chunks, wrap_for_scoring, wrap_for_training
 from cpt_mega.engine.optimizer import build_optimizer, set_learning_rate
+from cpt_mega.engine.precision import token_multiple
+from cpt_mega.engine.timing import PhaseClock
 from cpt_mega.hf.shape import ModelShape
 
 
 @dataclass(frozen=True)
 class StepResult:
-    """``row_losses``: [rows, 2], for each row of the global batch the sum of its losses (nats) and its real targets."""
+    """Numbers of one update.
+
+    Attributes:
+        row_losses: float64 [rows, 2], for each row of the global batch the sum of its losses (nats) and its real targets.
+        grad_norm: before clipping.
+        lr: of the parameters that have no rate of their own.
+        forward_backward_s, optimizer_s: seconds on the device.
+    """
 
     row_losses: Tensor
     grad_norm: float
     lr: float
+    forward_backward_s: float
+    optimizer_s: float
 
     @property
     def loss(self) -> float:
@@ -32,11 +48,35 @@ class StepResult:
         return total / max(targets, 1.0)
 
 
+@dataclass(frozen=True)
+class PreparedBatch:
+    """What this rank computes of a batch of ``count`` rows: for each micro-batch, its rows' indices and their tokens."""
+
+    count: int
+    places: list[list[int]]
+    micro_batches: list[MicroBatch]
+
+
+@dataclass(frozen=True)
+class PendingStep:
+    """An update that the device may still be at."""
+
+    losses: "_Reduced"
+    grad_norm: float
+    lr: float
+    clock: PhaseClock
+
+    def wait(self) -> StepResult:
+        """The numbers, once they are there."""
+        losses = self.losses.wait()
+        return StepResult(losses, self.grad_norm, self.lr, *self.clock.seconds())
+
+
 class Engine:
     """A model on a mesh, with an optimizer when it trains.
 
     All ranks call each method with the rows of the whole batch it names; which rows a rank computes is decided here.
-    Rows passed to one call have one length S, a multiple of the tensor-parallel size under sequence parallelism.
+    Rows passed to one call have one length S.
     """
 
     def __init__(self, config: Config, shape: ModelShape, mesh: Mesh, train: bool = True):
@@ -44,8 +84,12 @@ class Engine:
         self.core_chunks = build_chunks(config, shape, mesh)
         self.chunks = wrap_for_training(self.core_chunks, config) if train else wrap_for_scoring(self.core_chunks)
         self.optimizer = build_optimizer(self.chunks, config) if train else None
-        self._part = ContextPart(mesh.cp, mesh.groups.cp.rank(), mesh.tp if config.parallel.sp else 1)
+        multiple = token_multiple(config.precision) * (mesh.tp if config.parallel.sp else 1)
+        self._part = ContextPart(mesh.cp, mesh.groups.cp.rank(), multiple)
         self._run_schedule = get_forward_backward_func()
+        self._gathers_late = train and self.chunks[0].ddp_config.overlap_param_gather
+        self._side = torch.cuda.Stream()
+        self.gather_parameters()
 
     def my_rows(self, count: int) -> list[list[int]]:
         """Indices into a batch of ``count`` rows that this data-parallel rank computes, a list a micro-batch.
@@ -57,67 +101,94 @@ class Engine:
         groups = (list(range(start, min(start + size, count))) for start in range(me * size, count, dp * size))
         return self._whole_rounds([group + group[-1:] * (size - len(group)) for group in groups])
 
-    def _whole_rounds(self, batches: list) -> list:
-        """Interleaved stages take micro-batches in rounds of as many as there are stages: the last one again."""
-        missing = -len(batches) % self.mesh.pp if self.config.parallel.vpp > 1 and batches else 0
-        return batches + batches[-1:] * missing
+    def prepare(self, count: int, read: Callable[[int], Row]) -> PreparedBatch:
+        """Reads this rank's rows of a batch; ``read(i)`` gives row i. Touches no device, so another thread may call it."""
+        places = self.my_rows(count)
+        return PreparedBatch(count, places, self._micro_batches([[read(i) for i in indices] for indices in places]))
 
-    def train_step(self, count: int, read: Callable[[int], Row], lr: float) -> StepResult:
-        """One optimizer update over a global batch of ``count`` rows; ``read(i)`` gives row i where it is needed.
+    def train_step(self, batch: PreparedBatch, rate: Callable[[float, float], float]) -> PendingStep:
+        """One optimizer update over a global batch, under the learning rate that ``rate(peak, floor)`` gives.
 
         The loss is the mean over the real targets of the whole batch: core sums losses and counts, reduces both, and
         divides once (``calculate_per_token_loss``).
         """
+        clock = PhaseClock()
         self._set_training(True)
+        self._gather_while_computing()
         for chunk in self.chunks:
             chunk.zero_grad_buffer()
         self.optimizer.zero_grad()
-        set_learning_rate(self.optimizer, lr, self.config.optimizer.weight_decay)
-        losses = self._losses(count, read, forward_only=False)
+        lr = set_learning_rate(self.optimizer, self.config, rate)
+        losses = self._losses(batch, forward_only=False)
+        clock.mark()
         _, grad_norm, _ = self.optimizer.step()
-        return StepResult(losses, float(grad_norm or 0.0), lr)
+        clock.mark()
+        return PendingStep(self._reduced(losses), float(grad_norm or 0.0), lr, clock)
 
     def evaluate(self, count: int, read: Callable[[int], Row]) -> Tensor:
         """[rows, 2]: summed loss (nats) and real targets of each row, without gradients and without touching any state."""
+        self.gather_parameters()
         was_training = self.chunks[0].training
         self._set_training(False)
         with torch.no_grad():
-            losses = self._losses(count, read, forward_only=True)
+            losses = self._losses(self.prepare(count, read), forward_only=True)
         self._set_training(was_training)
-        return losses
-
-    def _set_training(self, training: bool) -> None:
-        for chunk in self.chunks:
-            chunk.train(training)
+        return self._reduced(losses).wait()
 
     def forward_logits(self, rows: Sequence[Row], consume: Callable[[Tensor, MicroBatch], object]) -> list:
         """Runs rows one micro-batch each; ``consume`` sees the last stage's logits [1, t, padded_vocab / tp] and its batch.
 
         Returns what ``consume`` returned for each row on the last pipeline stage, an empty list elsewhere.
         """
-        batches = self._whole_rounds(self._batches([[row] for row in rows]))
+        batches = self._whole_rounds(self._micro_batches([[row] for row in rows]))
 
         def forward(iterator: Iterator[MicroBatch], model):
-            batch = next(iterator)
+            batch = next(iterator).to(self.mesh.device)
             logits = model(batch.ids, None, None, packed_seq_params=batch.packed_params())
             return logits, lambda output, non_loss_data=True: consume(output, batch)
 
         with torch.no_grad():
             return self._schedule(forward, batches, forward_only=True, collect_non_loss_data=True)[: len(rows)]
 
-    def _batches(self, groups: list[list[Row]]) -> list[MicroBatch]:
+    def fast_paths(self) -> list[FastPath]:
+        """Which fast ways this engine takes. For one that trains."""
+        return fast_paths(self.config, self.core_chunks[0].config, self.chunks[0].ddp_config)
+
+    def gather_parameters(self) -> None:
+        """Makes every rank hold the parameters of the last update: before they are read other than by a training step."""
+        if self._gathers_late and self.chunks[0].remove_forward_pre_hook_handles:
+            for chunk in self.chunks:
+                chunk.disable_forward_pre_hook()
+
+    def _gather_while_computing(self) -> None:
+        if self._gathers_late and not self.chunks[0].remove_forward_pre_hook_handles:
+            for chunk in self.chunks:
+                chunk.enable_forward_pre_hook()
+
+    def _set_training(self, training: bool) -> None:
+        for chunk in self.chunks:
+            chunk.train(training)
+
+    def _whole_rounds(self, batches: list) -> list:
+        """Interleaved stages take micro-batches in rounds of as many as there are stages: the last one again."""
+        missing = -len(batches) % self.mesh.pp if self.config.parallel.vpp > 1 and batches else 0
+        return batches + batches[-1:] * missing
+
+    def _micro_batches(self, groups: list[list[Row]]) -> list[MicroBatch]:
         """Micro-batches of one size: stages exchange tensors of one shape."""
         tokens = max((filled_tokens(rows, self._part) for rows in groups), default=None)
-        return [MicroBatch.of(rows, self.mesh.device, self._part, tokens) for rows in groups]
+        return [MicroBatch.of(rows, self._part, tokens) for rows in groups]
 
-    def _losses(self, count: int, read: Callable[[int], Row], forward_only: bool) -> Tensor:
-        places = self.my_rows(count)
-        batches = self._batches([[read(i) for i in indices] for indices in places])
-        found = self._schedule(_forward_with_loss, batches, forward_only=forward_only)
-        losses = torch.zeros(count, 2, dtype=torch.float64, device=self.mesh.device)
-        for indices, rows in zip(places, found, strict=False):
-            losses[indices] = rows["rows"]
-        return self._reduced(losses)
+    def _losses(self, batch: PreparedBatch, forward_only: bool) -> Tensor:
+        """[rows, 2]: what this rank adds to the batch's losses and targets."""
+        forward = partial(_forward_with_loss, self.mesh.device)
+        found = self._schedule(forward, batch.micro_batches, forward_only=forward_only)
+        losses = torch.zeros(batch.count, 2, dtype=torch.float64, device=self.mesh.device)
+        if self.mesh.groups.tp.rank() == 0:  # its peers have the same
+            for indices, rows in zip(batch.places, found, strict=False):
+                for index, row in zip(indices, rows["rows"], strict=True):
+                    losses[index] = row  # a list of indices would have to travel to the device first
+        return losses
 
     def _schedule(self, forward: Callable, batches: list[MicroBatch], **options) -> list:
         if not batches:
@@ -134,18 +205,34 @@ class Engine:
             **options,
         )
 
-    def _reduced(self, losses: Tensor) -> Tensor:
-        """Rows of all data-parallel ranks, on every rank; each row has one owner or, context-parallel, several parts."""
-        dist.all_reduce(losses, group=self.mesh.groups.dp_cp)
-        if self.mesh.pp > 1:
-            last = dist.get_process_group_ranks(self.mesh.groups.pp)[-1]
-            dist.broadcast(losses, src=last, group=self.mesh.groups.pp)
-        return losses
+    def _reduced(self, losses: Tensor) -> "_Reduced":
+        return _Reduced(losses, self._side)
 
 
-def _forward_with_loss(iterator: Iterator[MicroBatch], model):
-    """Core's forward_step_func: the per-token losses [1, T] on the last stage, hidden states elsewhere."""
-    batch = next(iterator)
+class _Reduced:
+    """Losses summed over all ranks, on their way to the host beside the device's other work.
+
+    Each row has one owner (several, of a part each, under context parallelism); what others add is zero.
+    """
+
+    def __init__(self, losses: Tensor, side: torch.cuda.Stream):
+        work = dist.all_reduce(losses, async_op=True)
+        with torch.cuda.stream(side):
+            work.wait()
+            losses.record_stream(side)
+            self._host = torch.empty(losses.shape, dtype=losses.dtype, device="cpu", pin_memory=True)
+            self._host.copy_(losses, non_blocking=True)
+            self._done = torch.cuda.Event()
+            self._done.record(side)
+
+    def wait(self) -> Tensor:
+        self._done.synchronize()
+        return self._host
+
+
+def _forward_with_loss(device: torch.device, iterator: Iterator[MicroBatch], model):
+    """Core's forward_step_func: the per-token losses [1, t] on the last stage, hidden states elsewhere."""
+    batch = next(iterator).to(device)
     output = model(batch.ids, None, None, labels=batch.labels, packed_seq_params=batch.packed_params())
     return output, partial(_sum_of_losses, batch)
 

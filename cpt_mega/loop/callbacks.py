@@ -7,6 +7,7 @@ import math
 import time
 from collections.abc import Sequence
 from pathlib import Path
+from statistics import fmean
 
 from cpt_mega.checkpoint.store import save_checkpoint
 from cpt_mega.gates.perplexity import HeldOut, Reading, by_bucket, measure
@@ -24,7 +25,10 @@ class NullCallback:
     def on_start(self, trainer: Trainer) -> None:
         pass
 
-    def on_step(self, trainer: Trainer, report: StepReport) -> None:
+    def on_report(self, trainer: Trainer, report: StepReport) -> None:
+        pass
+
+    def on_boundary(self, trainer: Trainer, tokens: int) -> None:
         pass
 
     def on_end(self, trainer: Trainer) -> None:
@@ -43,12 +47,13 @@ class Logging(NullCallback):
         self.folder, self.reporters, self.console = folder, reporters, console
         self._since: list[StepReport] = []
 
-    def on_step(self, trainer: Trainer, report: StepReport) -> None:
+    def on_report(self, trainer: Trainer, report: StepReport) -> None:
         if not self.folder.writes:
             return
         self._since.append(report)
         self.folder.metric(self._metric(trainer, report))
-        if report.step % trainer.config.logging.interval_steps == 0 or trainer.budget_reached:
+        is_last = report.total_tokens >= trainer.config.train.tokens
+        if report.step % trainer.config.logging.interval_steps == 0 or is_last:
             self._say(trainer, report)
 
     def on_end(self, trainer: Trainer) -> None:
@@ -59,12 +64,14 @@ class Logging(NullCallback):
         return {
             "kind": "train",
             "step": report.step,
-            "tokens": trainer.state.tokens,
+            "tokens": report.total_tokens,
             "loss": report.loss,
             "grad_norm": report.result.grad_norm,
             "lr": report.result.lr,
             "tokens_per_s_device": report.tokens / report.seconds / trainer.engine.mesh.world,
             "data_wait_s": report.data_wait_s,
+            "forward_backward_s": report.result.forward_backward_s,
+            "optimizer_s": report.result.optimizer_s,
             "loss_by_source": report.loss_by_source,
             "tokens_by_source": report.tokens_by_source,
         }
@@ -73,7 +80,7 @@ class Logging(NullCallback):
         window, self._since = self._since, []
         seconds, tokens = sum(r.seconds for r in window), sum(r.tokens for r in window)
         rate = tokens / seconds / trainer.engine.mesh.world
-        left = trainer.steps_left()
+        left = trainer.steps_left(report.step, report.total_tokens)
         batch = trainer.config.train.global_batch_size
         self.console.print(
             step_line(
@@ -85,7 +92,7 @@ class Logging(NullCallback):
                 batch=batch,
                 loss=report.loss,
                 grad_norm=report.result.grad_norm,
-                tokens=trainer.state.tokens,
+                tokens=report.total_tokens,
                 tokens_per_s_device=rate,
                 wait_share=sum(r.data_wait_s for r in window) / seconds,
                 left_s=left * seconds / len(window),
@@ -97,11 +104,21 @@ class Logging(NullCallback):
             "grad-norm": report.result.grad_norm,
             "batch-size": batch,
             "throughput/device/tokens_per_sec": rate,
-            "consumed-tokens": trainer.state.tokens,
+            "consumed-tokens": report.total_tokens,
+            **{f"timers/{name}": 1000 * seconds for name, seconds in _phases(window).items()},
             **{f"lm loss/{name}": loss for name, loss in report.loss_by_source.items()},
         }
         for reporter in self.reporters:
             reporter.scalars(report.step, values)
+
+
+def _phases(window: Sequence[StepReport]) -> dict[str, float]:
+    """Mean seconds of each phase of a step, under Megatron's names where it has one."""
+    return {
+        "data-wait": fmean(report.data_wait_s for report in window),
+        "forward-backward": fmean(report.result.forward_backward_s for report in window),
+        "optimizer": fmean(report.result.optimizer_s for report in window),
+    }
 
 
 class Evaluation(NullCallback):
@@ -123,14 +140,15 @@ class Evaluation(NullCallback):
             trainer.state.gate_stop = ""
             self._judge(trainer)
 
-    def on_step(self, trainer: Trainer, report: StepReport) -> None:
+    def on_boundary(self, trainer: Trainer, tokens: int) -> None:
         now = trainer.state.tokens
-        if crossed(now - report.tokens, now, trainer.config.eval.interval_tokens) or trainer.budget_reached:
+        if crossed(now - tokens, now, trainer.config.eval.interval_tokens) or trainer.budget_reached:
             self._judge(trainer)
 
     def _judge(self, trainer: Trainer) -> None:
         if not self.sets:
             return
+        trainer.settle()
         verdict = self._verdict(trainer, by_bucket(self._look(trainer)))
         if verdict is None:
             return
@@ -180,9 +198,9 @@ class Checkpoints(NullCallback):
     def on_start(self, trainer: Trainer) -> None:
         self._saved = trainer.state.step if trainer.state.step else None
 
-    def on_step(self, trainer: Trainer, report: StepReport) -> None:
+    def on_boundary(self, trainer: Trainer, tokens: int) -> None:
         now = trainer.state.tokens
-        due = crossed(now - report.tokens, now, trainer.config.checkpoint.interval_tokens)
+        due = crossed(now - tokens, now, trainer.config.checkpoint.interval_tokens)
         if due or trainer.save_requested:
             self._save(trainer)
 
@@ -193,6 +211,7 @@ class Checkpoints(NullCallback):
     def _save(self, trainer: Trainer) -> None:
         if self._saved == trainer.state.step:
             return
+        trainer.settle()
         begin = time.perf_counter()
         path = save_checkpoint(self.run_dir, trainer.engine, trainer.state, self.model_files)
         self._saved = trainer.state.step
@@ -206,7 +225,7 @@ class Control(NullCallback):
     def __init__(self, request: StopRequest, folder: RunFolder):
         self.request, self.folder = request, folder
 
-    def on_step(self, trainer: Trainer, report: StepReport) -> None:
+    def on_boundary(self, trainer: Trainer, tokens: int) -> None:
         mine = [self.request.name is not None, self.folder.asked(STOP), self.folder.asked(SAVE)]
         signalled, stop, save = trainer.engine.mesh.agree_max([int(asked) for asked in mine])
         trainer.save_requested = bool(save)

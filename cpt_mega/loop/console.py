@@ -7,6 +7,7 @@ from rich.console import Console
 from rich.table import Table
 
 from cpt_mega.data.sources import Source, normalised_weights
+from cpt_mega.engine.fast_paths import FastPath
 
 _COLOURS = {"restored": "green", "fresh": "cyan", "accepted": "yellow", "harmless": "dim"}
 
@@ -70,4 +71,14 @@ def sources_table(sources: Sequence[Source]) -> Table:
         plan = source.plan
         counts = (f"{source.corpus.documents:,}", f"{plan.rows:,}", f"{plan.fill:.2%}", f"{plan.split_documents:,}")
         table.add_row(source.name, source.role, f"{share:.1%}", *counts)
+    return table
+
+
+def fast_paths_table(paths: Sequence[FastPath]) -> Table:
+    """Which fast ways the run takes, and why not the others."""
+    table = Table(title="fast paths", title_justify="left", box=None, pad_edge=False, header_style="bold")
+    for name in ("path", "", "why, or the option"):
+        table.add_column(name)
+    for path in paths:
+        table.add_row(path.name, "[green]on[/]" if path.on else "[dim]off[/]", path.why)
     return table

@@ -3,6 +3,7 @@
 import os
 import shutil
 import socket
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 
@@ -14,6 +15,7 @@ from cpt_mega.checkpoint.store import TrainerState
 from cpt_mega.config import Config, resolved_yaml
 from cpt_mega.data.sources import Source
 from cpt_mega.data.stream import MixedStream, StreamState
+from cpt_mega.engine.fast_paths import FastPath
 from cpt_mega.engine.mesh import Mesh, start_mesh, stop_mesh
 from cpt_mega.engine.platform import check_layout
 from cpt_mega.engine.step import Engine
@@ -21,7 +23,7 @@ from cpt_mega.errors import InputError
 from cpt_mega.hf.convert import export_hf
 from cpt_mega.lineage import code_version, new_run_id
 from cpt_mega.loop.callbacks import Checkpoints, Control, Evaluation, Logging
-from cpt_mega.loop.console import contract_table, make_console, sources_table
+from cpt_mega.loop.console import contract_table, fast_paths_table, make_console, sources_table
 from cpt_mega.loop.inputs import Inputs, open_inputs
 from cpt_mega.loop.reporters import open_reporters
 from cpt_mega.loop.run_folder import RunFolder
@@ -85,7 +87,7 @@ def _run_claimed(
     reporters = open_reporters(config, folder.path, state.run_id, state.step) if mesh.is_main else []
     clock.mark("loggers")
     if mesh.is_main:
-        _introduce(console, config, inputs, restore, mesh, clock)
+        _introduce(console, config, inputs, restore, mesh, engine.fast_paths(), clock)
         place = {"step": state.step, "tokens": state.tokens, "mode": start.mode, "from": str(start.folder)}
         folder.decide({"kind": "restore", **place, "rows": restore.rows})
     trainer = Trainer(config, engine, _stream(config, inputs.sources, state), state)
@@ -143,7 +145,15 @@ def _trainer_state(config: Config, restore: Restore, lineage: dict, layout: dict
     return state
 
 
-def _introduce(console: Console, config: Config, inputs: Inputs, restore: Restore, mesh: Mesh, clock: StartUp) -> None:
+def _introduce(
+    console: Console,
+    config: Config,
+    inputs: Inputs,
+    restore: Restore,
+    mesh: Mesh,
+    fast_paths: Sequence[FastPath],
+    clock: StartUp,
+) -> None:
     """What a user reads before the first step: layout, contract, mixture, and what the start took."""
     shape = inputs.info.shape
     words = (
@@ -155,4 +165,5 @@ def _introduce(console: Console, config: Config, inputs: Inputs, restore: Restor
         console.print(f" {note}", style="yellow")
     if inputs.sources:
         console.print(sources_table(inputs.sources))
+    console.print(fast_paths_table(fast_paths))
     console.print(f" start-up: {clock}", style="dim")

@@ -5,7 +5,7 @@ import shlex
 from cpt_mega.checkpoint.store import TrainerState
 from cpt_mega.loop.callbacks import NullCallback
 from cpt_mega.loop.run_folder import LEDGER, RunFolder
-from cpt_mega.loop.trainer import StepReport, Trainer
+from cpt_mega.loop.trainer import Trainer
 
 
 class Status(NullCallback):
@@ -35,6 +35,6 @@ class Status(NullCallback):
         ledger = shlex.quote(str(self.folder.path / LEDGER))
         return f"tail -n 3 {ledger}" if state == "gate_stop" else self.command
 
-    def on_step(self, trainer: Trainer, report: StepReport) -> None:
-        if report.step % trainer.config.logging.interval_steps == 0:
+    def on_boundary(self, trainer: Trainer, tokens: int) -> None:
+        if trainer.state.step % trainer.config.logging.interval_steps == 0:
             self.write("running", "")

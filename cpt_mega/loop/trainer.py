@@ -4,23 +4,28 @@ import math
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Protocol
 
 from cpt_mega.checkpoint.store import TrainerState
 from cpt_mega.config import Config
 from cpt_mega.config.schedule import LearningRate
-from cpt_mega.data.rows import PackedRow
 from cpt_mega.data.stream import MixedStream, RowRef
-from cpt_mega.engine.step import Engine, StepResult
+from cpt_mega.engine.step import Engine, PendingStep, StepResult
 from cpt_mega.errors import FaultError
+from cpt_mega.loop.prefetch import DrawnBatch, Prefetcher
 
 
 @dataclass(frozen=True)
 class StepReport:
-    """One step as callbacks see it. Times in seconds; ``tokens`` are the step's real tokens; losses in nats."""
+    """One step as callbacks see it. Times in seconds; ``tokens`` are the step's real tokens; losses in nats.
+
+    ``total_tokens`` and ``tokens_by_source`` are the run's, up to and with this step.
+    """
 
     step: int
     tokens: int
+    total_tokens: int
     loss: float
     result: StepResult
     loss_by_source: dict[str, float]
@@ -34,9 +39,25 @@ class Callback(Protocol):
 
     def on_start(self, trainer: "Trainer") -> None: ...
 
-    def on_step(self, trainer: "Trainer", report: StepReport) -> None: ...
+    def on_report(self, trainer: "Trainer", report: StepReport) -> None:
+        """The numbers of a step. They may come when the next step is under way: look at the report, not at the state."""
+
+    def on_boundary(self, trainer: "Trainer", tokens: int) -> None:
+        """Between two steps; the last one had ``tokens`` real tokens. ``trainer.settle`` first, to stop or to save."""
 
     def on_end(self, trainer: "Trainer") -> None: ...
+
+
+@dataclass
+class _Launched:
+    """A step that has been handed to the device."""
+
+    batch: DrawnBatch
+    pending: PendingStep
+    step: int
+    total_tokens: int
+    wait_s: float
+    seconds: float
 
 
 @dataclass
@@ -56,6 +77,7 @@ class Trainer:
     callbacks: Sequence[Callback] = field(default_factory=tuple)
     outcome: tuple[str, str] | None = None
     save_requested: bool = False
+    _unsettled: _Launched | None = field(default=None, init=False)
 
     def __post_init__(self):
         self.learning_rate = LearningRate.from_config(self.config)
@@ -75,37 +97,66 @@ class Trainer:
         """
         for callback in self.callbacks:
             callback.on_start(self)
-        while self.outcome is None and not self.budget_reached:
-            report = self._step()
-            for callback in self.callbacks:
-                callback.on_step(self, report)
+        if self.outcome is None and not self.budget_reached:
+            with Prefetcher(self.stream, self.engine.prepare, self.config.train.global_batch_size) as batches:
+                self._train(batches)
         self.stop("finished", f"reached {self.state.tokens:,} of {self.config.train.tokens:,} tokens")
         for callback in self.callbacks:
             callback.on_end(self)
         return self.outcome
 
-    def steps_left(self) -> int:
-        """Steps until the budget, estimated from the tokens a step has had so far (rows before the first)."""
-        rows = self.config.train.global_batch_size
-        per_step = self.state.tokens / self.state.step if self.state.step else rows * self.config.train.seq_length
-        return math.ceil(max(0, self.config.train.tokens - self.state.tokens) / per_step)
+    def settle(self) -> None:
+        """Waits for the numbers of the last step and reports them: before anything is judged or saved.
 
-    def _step(self) -> StepReport:
+        Raises FaultError when they are not finite.
+        """
+        launched, self._unsettled = self._unsettled, None
+        if launched is None:
+            return
         begin = time.perf_counter()
-        refs = self.stream.next_batch(self.config.train.global_batch_size)
-        tokens = sum(map(self.stream.row_tokens, refs))
-        reader = _TimedReader(self.stream, refs)
+        result = launched.pending.wait()
+        self._check_finite(launched.step, result)
+        report = StepReport(
+            launched.step,
+            launched.batch.tokens,
+            launched.total_tokens,
+            result.loss,
+            result,
+            self._loss_by_source(launched.batch.refs, result),
+            launched.batch.tokens_by_source,
+            launched.seconds + time.perf_counter() - begin,
+            launched.wait_s,
+        )
+        for callback in self.callbacks:
+            callback.on_report(self, report)
+
+    def steps_left(self, step: int, tokens: int) -> int:
+        """Steps from there to the budget, estimated from the tokens a step has had so far (rows before the first)."""
+        rows = self.config.train.global_batch_size
+        per_step = tokens / step if step else rows * self.config.train.seq_length
+        return math.ceil(max(0, self.config.train.tokens - tokens) / per_step)
+
+    def _train(self, batches: Prefetcher) -> None:
+        while self.outcome is None and not self.budget_reached:
+            launched = self._launch(batches)
+            self.settle()  # the step before, while this one is under way
+            self._unsettled = launched
+            for callback in self.callbacks:
+                callback.on_boundary(self, launched.batch.tokens)
+        self.settle()
+
+    def _launch(self, batches: Prefetcher) -> _Launched:
+        begin = time.perf_counter()
+        batch = batches.next()
+        waited = time.perf_counter() - begin
         # The rate belongs to where the step ends, so that the first step of a re-warm is not at rate zero.
-        lr = self.learning_rate.at(self.state.tokens + tokens)
-        result = self.engine.train_step(len(refs), reader, lr)
-        self._check_finite(result)
+        rate = partial(self.learning_rate.at, self.state.tokens + batch.tokens)
+        pending = self.engine.train_step(batch.prepared, rate)
         self.state.step += 1
-        self.state.tokens += tokens
-        self.state.stream = self.stream.state.to_json()
-        loss_by_source = self._loss_by_source(refs, result)
-        ledger = {name: source.tokens for name, source in self.stream.state.sources.items()}
+        self.state.tokens += batch.tokens
+        self.state.stream = batch.stream_state
         seconds = time.perf_counter() - begin
-        return StepReport(self.state.step, tokens, result.loss, result, loss_by_source, ledger, seconds, reader.seconds)
+        return _Launched(batch, pending, self.state.step, self.state.tokens, waited, seconds)
 
     def _loss_by_source(self, refs: Sequence[RowRef], result: StepResult) -> dict[str, float]:
         """Mean loss (nats) over the real targets of each source that has any in this step."""
@@ -116,23 +167,10 @@ class Trainer:
             entry[1] += targets
         return {name: loss / targets for name, (loss, targets) in sums.items() if targets}
 
-    def _check_finite(self, result: StepResult) -> None:
+    def _check_finite(self, step: int, result: StepResult) -> None:
         for name, value in (("loss", result.loss), ("gradient norm", result.grad_norm)):
             if not math.isfinite(value):
                 raise FaultError(
-                    f"{name} is {value} at step {self.state.step + 1}: nothing was saved after the last checkpoint; "
+                    f"{name} is {value} at step {step}: nothing was saved after the last checkpoint; "
                     "lower optimizer.lr, or look at the rows of this step"
                 )
-
-
-class _TimedReader:
-    """Reads rows of a drawn batch by position and adds up the seconds the step waited for them."""
-
-    def __init__(self, stream: MixedStream, refs: Sequence[RowRef]):
-        self.stream, self.refs, self.seconds = stream, refs, 0.0
-
-    def __call__(self, position: int) -> PackedRow:
-        begin = time.perf_counter()
-        row = self.stream.read(self.refs[position])
-        self.seconds += time.perf_counter() - begin
-        return row

@@ -94,21 +94,27 @@ def _scores(workers, tmp_path, layout: str, checkpoint, rows=ROWS, extra=("preci
     return [json.loads(line) for line in (tmp_path / "scores.jsonl").read_text().splitlines()]
 
 
-# Four processes on two cores are slow: a few models there, all of them in the long matrix.
-QUICK_AT_FOUR = ("llama", "qwen3", "llama_eight_heads")
+# The rest is the long matrix: four processes on two cores are slow.
+QUICK = dict.fromkeys(MODELS, ("tp1", "tp2_sp", "pp2")) | {
+    "llama": tuple(LAYOUTS),
+    "llama_eight_heads": ("tp4",),
+    "qwen3": ("tp1", "tp2", "tp2_sp", "pp2", "tp2_sp_pp2"),
+    "mistral": ("tp1", "tp2_sp", "pp2_vpp2", "cp2"),
+}
 
 
 def _pairs():
     for name, (_, fields) in MODELS.items():
         heads = fields.get("num_attention_heads", 6)
-        for layout, (world, overrides) in LAYOUTS.items():
+        for layout, (_, overrides) in LAYOUTS.items():
             tp = next((int(o[-1]) for o in overrides if o.startswith("parallel.tp=")), 1)
             if heads % tp == 0:  # refused otherwise, see test_platform
-                yield pytest.param(name, layout, marks=_long(world == 4 and name not in QUICK_AT_FOUR))
+                yield pytest.param(name, layout, marks=_marks(name, layout))
 
 
-def _long(is_long: bool):
-    return pytest.mark.full if is_long else ()
+def _marks(name: str, layout: str) -> list:
+    marks = [] if layout in QUICK[name] else [pytest.mark.full]
+    return marks + [pytest.mark.versions] if layout in ("tp1", "tp2_sp") or name == "llama" else marks
 
 
 @pytest.mark.parametrize(("name", "layout"), list(_pairs()))

@@ -107,7 +107,8 @@ def _enumerated():
     for model in ("llama", "qwen2_tied"):
         for layout, (world, _) in LAYOUTS.items():
             is_long = world == 4 and (model != "llama" or layout not in QUICK_AT_FOUR)
-            yield pytest.param(model, layout, marks=pytest.mark.full if is_long else ())
+            marks = pytest.mark.full if is_long else pytest.mark.versions if model == "llama" else ()
+            yield pytest.param(model, layout, marks=marks)
 
 
 every_layout = pytest.mark.parametrize(("model", "layout"), list(_enumerated()))

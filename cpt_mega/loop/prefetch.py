@@ -1,0 +1,72 @@
+"""The next batch, drawn and read by a thread while the device computes this one.
+
+Each batch carries the stream's state right after it was drawn: what a checkpoint keeps is where the last computed step
+stood, however far ahead the thread has read.
+"""
+
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+
+from cpt_mega.data.rows import PackedRow
+from cpt_mega.data.stream import MixedStream, RowRef
+from cpt_mega.engine.step import PreparedBatch
+
+
+@dataclass(frozen=True)
+class DrawnBatch:
+    """A global batch as the stream gave it, and this rank's part of it.
+
+    Attributes:
+        tokens: real tokens of all its rows.
+        stream_state: JSON of the stream's state after it.
+        tokens_by_source: tokens drawn from each source since the run began, this batch included.
+    """
+
+    refs: list[RowRef]
+    tokens: int
+    prepared: PreparedBatch
+    stream_state: dict
+    tokens_by_source: dict[str, int]
+
+
+class Prefetcher:
+    """Batches of ``rows`` rows, one ahead. Errors of reading are raised by ``next``.
+
+    Args:
+        prepare: ``Engine.prepare``, given a count and a function that reads a row.
+    """
+
+    def __init__(
+        self,
+        stream: MixedStream,
+        prepare: Callable[[int, Callable[[int], PackedRow]], PreparedBatch],
+        rows: int,
+    ):
+        self._stream, self._prepare, self._rows = stream, prepare, rows
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="prefetch")
+        self._ahead: Future[DrawnBatch] = self._thread.submit(self._draw)
+
+    def next(self) -> DrawnBatch:
+        """The next batch; drawing the one after it begins."""
+        batch = self._ahead.result()
+        self._ahead = self._thread.submit(self._draw)
+        return batch
+
+    def __enter__(self) -> "Prefetcher":
+        return self
+
+    def __exit__(self, *error) -> None:
+        self._thread.shutdown(wait=True, cancel_futures=True)
+
+    def _draw(self) -> DrawnBatch:
+        refs = self._stream.next_batch(self._rows)
+        state = self._stream.state
+        prepared = self._prepare(len(refs), lambda position: self._stream.read(refs[position]))
+        return DrawnBatch(
+            refs,
+            sum(map(self._stream.row_tokens, refs)),
+            prepared,
+            state.to_json(),
+            {name: source.tokens for name, source in state.sources.items()},
+        )
