@@ -26,6 +26,7 @@ BATCH = ["train.seq_length=128", "train.global_batch_size=8"]
         (2, ["parallel.tp=2", "parallel.sp=true"], {}),
         (4, ["parallel.pp=2", "parallel.vpp=3", "parallel.cp=2"], {}),
         (4, ["parallel.tp=4"], {"heads": 8}),
+        (1, ["core.decoupled_lr=1e-5", "core.recompute_modules=[core_attn, mlp]", "core.exp_avg_dtype=bf16"], {}),
     ],
 )
 def test_layouts_that_fit(workers, world, overrides, fields):
@@ -47,6 +48,20 @@ def test_layouts_that_fit(workers, world, overrides, fields):
         (2, ["parallel.ep=2"], {}, "parallel.ep = 2: the llama family has no experts"),
         (2, ["train.global_batch_size=7"], {}, "train.global_batch_size = 7: must be a multiple"),
         (2, ["parallel.tp=2", "parallel.sp=true", "train.seq_length=127"], {}, "train.seq_length = 127"),
+        (1, ["precision=fp8-delayed"], {}, "precision = 'fp8-delayed': needs an NVIDIA GPU with FP8; use bf16"),
+        (
+            1,
+            ["core.tensor_model_parallel_size=2"],
+            {},
+            "core.tensor_model_parallel_size = 2: is decided by parallel.tp",
+        ),
+        (1, ["core.calculate_per_token_loss=false"], {}, "cannot be changed here: the loss is a mean"),
+        (1, ["core.overlap_grad_reduc=true"], {}, "did you mean 'overlap_grad_reduce'?"),
+        (1, ["core.nothing_like_it=true"], {}, "is no field of core's configurations"),
+        (1, ["core.decoupled_lr=fast"], {}, "core.decoupled_lr = 'fast': input should be a valid number"),
+        (1, ["core.exp_avg_dtype=int4"], {}, "core.exp_avg_dtype = 'int4': must be one of fp32, bf16"),
+        (1, ["core.grad_scale_func=f"], {}, "is a function, which no configuration file can hold"),
+        (1, ["core.recompute_modules=[1]"], {}, "core.recompute_modules"),
         (1, ["train.seq_length=129"], {}, "the model has 128 positions"),
     ],
 )

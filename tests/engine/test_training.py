@@ -218,3 +218,22 @@ def test_clipping_scales_the_gradient_to_the_norm(llama):
     assert norm > 0.1  # the norm is that before clipping
     for name in (name for name in free if ".exp_avg." in name):
         assert torch.allclose(clipped[name] * (norm / 0.01), free[name], rtol=1e-3, atol=1e-9), name
+
+
+@pytest.mark.parametrize("layout", ["dp2", "pp2_vpp2"])
+def test_overlapping_communication_changes_no_bit(llama, layout):
+    """core's gradient reduction during the backward pass and parameter gathering during the forward pass."""
+    switches = ("core.overlap_grad_reduce=true", "core.overlap_param_gather=true")
+    plain, overlapped = llama.tensors(layout, STEPS), llama.tensors(layout, STEPS, *switches)
+    assert plain.keys() == overlapped.keys()
+    assert all(torch.equal(tensor, overlapped[name]) for name, tensor in plain.items())
+
+
+def test_embedding_and_output_may_have_their_own_rate(llama):
+    """core.decoupled_lr: with the rate of everything else at (nearly) zero, only they move."""
+    words = ("optimizer.lr=1e-12", "optimizer.weight_decay=0")
+    still, decoupled = llama.tensors("tp2_sp", 1, *words), llama.tensors("tp2_sp", 1, *words, "core.decoupled_lr=1e-2")
+    moved = {
+        name for name in still if not name.startswith("optimizer.") and not torch.equal(still[name], decoupled[name])
+    }
+    assert moved == {"embedding.word_embeddings.weight", "output_layer.weight"}

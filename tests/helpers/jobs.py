@@ -8,8 +8,10 @@ from cpt_mega.config import load_config
 from cpt_mega.config.load import build_config
 from cpt_mega.config.schema import ParallelOptions
 from cpt_mega.engine.context import filled_lengths, gathered_order, rank_positions
+from cpt_mega.engine.fast_paths import environment
 from cpt_mega.engine.mesh import start_mesh, stop_mesh
 from cpt_mega.engine.platform import check_layout
+from cpt_mega.engine.precision import precision_fields
 from cpt_mega.errors import InputError
 from cpt_mega.hf.shape import ModelShape
 from cpt_mega.loop.scoring import score_file
@@ -57,3 +59,17 @@ def context_parts(lengths: list[int], size: int) -> dict:
         "positions": [rank_positions(lengths, size, rank).tolist() for rank in range(size)],
         "order": gathered_order(filled, size).tolist(),
     }
+
+
+def cuda_environment(parallel: dict, deterministic: bool, capability: list[int]) -> dict:
+    """The variables that would be set for CUDA, without their reasons."""
+    chosen = environment(ParallelOptions(**parallel), deterministic, tuple(capability))
+    return {name: value for name, (value, _) in chosen.items()}
+
+
+def recipe_in_core(precision: str) -> dict:
+    """What core's configuration holds of a precision."""
+    from megatron.core.transformer.transformer_config import TransformerConfig
+
+    core = TransformerConfig(num_layers=2, hidden_size=32, num_attention_heads=4, **precision_fields(precision))
+    return {"bf16": core.bf16, "fp8": core.fp8, "fp8_recipe": str(getattr(core.fp8_recipe, "value", core.fp8_recipe))}
