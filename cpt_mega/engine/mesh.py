@@ -1,7 +1,7 @@
 """The processes of a run and the groups they form: tensor, pipeline and data parallel, through megatron-core."""
 
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from datetime import timedelta
 
 import torch
@@ -9,6 +9,7 @@ import torch.distributed as dist
 from megatron.core import parallel_state
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.tensor_parallel import model_parallel_cuda_manual_seed
+from torch.distributed import distributed_c10d
 
 from cpt_mega.config.schema import ParallelOptions
 from cpt_mega.engine.host import CPU, has_gpu
@@ -92,6 +93,13 @@ class Mesh:
     def device(self) -> torch.device:
         return torch.device("cuda", torch.cuda.current_device()) if has_gpu() else CPU
 
+    def set_timeout(self, seconds: float) -> None:
+        """How long a collective of this run may wait for another process from now on; longer is an error."""
+        found = (getattr(self.groups, field.name, None) for field in fields(self.groups))
+        groups = [group for group in found if isinstance(group, dist.ProcessGroup) and group.rank() >= 0]
+        for group in {id(g): g for g in (*groups, self.control, dist.group.WORLD)}.values():
+            distributed_c10d._set_pg_timeout(timedelta(seconds=seconds), group)
+
     def barrier(self) -> None:
         dist.barrier(group=self.control)
 
@@ -127,7 +135,7 @@ def start_mesh(parallel: ParallelOptions, seed: int, timeout_s: float = 600.0) -
     world = world_size()
     layout = Layout.of(parallel, world)
     _start_distributed(world, timedelta(seconds=timeout_s))
-    start_groups(parallel)
+    start_groups(parallel, timeout_s)
     stage_seed = seed + 100 * parallel_state.get_pipeline_model_parallel_rank()  # as Megatron-LM has it
     torch.manual_seed(stage_seed)
     model_parallel_cuda_manual_seed(stage_seed)
@@ -136,7 +144,7 @@ def start_mesh(parallel: ParallelOptions, seed: int, timeout_s: float = 600.0) -
     return Mesh(layout, dist.get_rank(), world, groups, control)
 
 
-def start_groups(parallel: ParallelOptions) -> None:
+def start_groups(parallel: ParallelOptions, timeout_s: float = 600.0) -> None:
     """Core's process groups over the processes of torch.distributed."""
     parallel_state.initialize_model_parallel(
         tensor_model_parallel_size=parallel.tp,
@@ -145,6 +153,7 @@ def start_groups(parallel: ParallelOptions) -> None:
         context_parallel_size=parallel.cp,
         expert_model_parallel_size=parallel.ep,
         create_gloo_process_groups=False,
+        distributed_timeout_minutes=timeout_s / 60,
     )
 
 

@@ -17,6 +17,7 @@ from cpt_mega.engine.fast_paths import fast_fields, overlap_fields
 from cpt_mega.engine.host import has_gpu
 from cpt_mega.engine.mesh import Mesh
 from cpt_mega.engine.precision import precision_fields
+from cpt_mega.errors import InputError
 from cpt_mega.hf.shape import ModelShape
 
 # What each value of train.recompute means in core's own fields.
@@ -42,7 +43,12 @@ def transformer_config(config: Config, shape: ModelShape) -> TransformerConfig:
         "deterministic_mode": config.train.deterministic,
         **_RECOMPUTE[config.train.recompute],
     }
-    return TransformerConfig(**{**fields, **core_fields(config.core, TransformerConfig)})
+    try:
+        return TransformerConfig(**{**fields, **core_fields(config.core, TransformerConfig)})
+    except (ValueError, AssertionError) as error:  # core's own checks of what goes together
+        if not config.core:
+            raise
+        raise InputError("core", config.core, f"core refuses it: {error}") from error
 
 
 def _shape_fields(config: Config, shape: ModelShape) -> dict:

@@ -4,10 +4,20 @@ from collections.abc import Iterator
 
 from cpt_mega.config.schema import Config
 from cpt_mega.engine.core_options import check_core_options
+from cpt_mega.engine.host import has_gpu
 from cpt_mega.engine.mesh import Layout
 from cpt_mega.engine.precision import check_precision
 from cpt_mega.errors import InputError
 from cpt_mega.hf.shape import VOCAB_MULTIPLE, ModelShape
+
+# Core's ways to give pipeline stages different numbers of layers.
+_UNEVEN = {
+    "num_layers_in_first_pipeline_stage",
+    "num_layers_in_last_pipeline_stage",
+    "account_for_embedding_in_pipeline_split",
+    "account_for_loss_in_pipeline_split",
+    "pipeline_model_parallel_layout",
+}
 
 
 def check_layout(config: Config, shape: ModelShape, world: int) -> None:
@@ -15,7 +25,8 @@ def check_layout(config: Config, shape: ModelShape, world: int) -> None:
     check_precision(config)
     check_core_options(config.core)
     dp = Layout.of(config.parallel, world).dp
-    for wrong, field, value, fix in (*_parallel_rules(config, shape), *_batch_rules(config, shape, dp)):
+    rules = (*_parallel_rules(config, shape), *_batch_rules(config, shape, dp), *_profile_rules(config, world))
+    for wrong, field, value, fix in rules:
         if wrong:
             raise InputError(field, value, fix)
 
@@ -29,10 +40,11 @@ def _parallel_rules(config: Config, shape: ModelShape) -> Iterator[tuple[bool, s
         p.vpp,
         "interleaves pipeline stages: set parallel.pp above 1, or it to 1",
     )
-    yield shape.layers % p.pp > 0, "parallel.pp", p.pp, f"must divide the model's {shape.layers} layers"
+    even = not _UNEVEN & config.core.keys()  # core checks those itself
+    yield even and shape.layers % p.pp > 0, "parallel.pp", p.pp, f"must divide the model's {shape.layers} layers"
     chunks = p.pp * p.vpp
     fix = f"parallel.pp {p.pp} x vpp must divide the model's {shape.layers} layers"
-    yield shape.layers % chunks > 0, "parallel.vpp", p.vpp, fix
+    yield even and shape.layers % chunks > 0, "parallel.vpp", p.vpp, fix
     yield shape.heads % p.tp > 0, "parallel.tp", p.tp, f"must divide the model's {shape.heads} attention heads"
     yield shape.ffn_hidden_size % p.tp > 0, "parallel.tp", p.tp, f"must divide ffn_hidden_size {shape.ffn_hidden_size}"
     yield VOCAB_MULTIPLE % p.tp > 0, "parallel.tp", p.tp, f"must be a power of two up to {VOCAB_MULTIPLE}"
@@ -64,3 +76,12 @@ def _batch_rules(config: Config, shape: ModelShape, dp: int) -> Iterator[tuple[b
     longest = shape.max_positions
     fix = f"the model has {longest} positions; use rows of at most that many tokens"
     yield train.seq_length > longest, "train.seq_length", train.seq_length, fix
+
+
+def _profile_rules(config: Config, world: int) -> Iterator[tuple[bool, str, object, str]]:
+    profile = config.profile
+    fix = "is a snapshot of the CUDA allocator and needs a GPU; leave it out here"
+    yield profile.memory and not has_gpu(), "profile.memory", True, fix
+    beyond = [rank for rank in profile.ranks if rank >= world]
+    fix = f"there are {world} processes; ranks go from 0 to {world - 1}"
+    yield profile.start is not None and bool(beyond), "profile.ranks", beyond, fix

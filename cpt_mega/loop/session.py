@@ -16,6 +16,7 @@ from cpt_mega.config import Config, resolved_yaml
 from cpt_mega.data.sources import Source
 from cpt_mega.data.stream import MixedStream, StreamState
 from cpt_mega.engine.fast_paths import FastPath
+from cpt_mega.engine.memory import explained
 from cpt_mega.engine.mesh import Mesh, start_mesh, stop_mesh
 from cpt_mega.engine.platform import check_layout
 from cpt_mega.engine.step import Engine
@@ -24,7 +25,9 @@ from cpt_mega.hf.convert import export_hf
 from cpt_mega.lineage import code_version, new_run_id
 from cpt_mega.loop.callbacks import Checkpoints, Control, Evaluation, Logging
 from cpt_mega.loop.console import contract_table, fast_paths_table, make_console, sources_table
+from cpt_mega.loop.housekeeping import Housekeeping, collected_together
 from cpt_mega.loop.inputs import Inputs, open_inputs
+from cpt_mega.loop.profiling import Profiling
 from cpt_mega.loop.reporters import open_reporters
 from cpt_mega.loop.run_folder import RunFolder
 from cpt_mega.loop.signals import StopRequest
@@ -46,7 +49,7 @@ def run_session(config: Config, command: str) -> tuple[str, str]:
     if config.train.deterministic:
         torch.use_deterministic_algorithms(True)
     with StopRequest() as request:
-        mesh = start_mesh(config.parallel, config.train.seed)
+        mesh = start_mesh(config.parallel, config.train.seed, config.run.start_timeout_s)
         clock.mark("processes")
         try:
             return _run(config, mesh, request, command, clock)
@@ -74,7 +77,8 @@ def _run_claimed(
     check_layout(config, inputs.info.shape, mesh.world)
     restore = plan_restore(config, start, inputs.lineage, layout)
     clock.mark("data")
-    engine = Engine(config, inputs.info.shape, mesh)
+    with explained(config):
+        engine = Engine(config, inputs.info.shape, mesh)
     clock.mark("model")
     apply_restore(restore, engine)
     clock.mark("restore")
@@ -93,12 +97,15 @@ def _run_claimed(
     trainer = Trainer(config, engine, _stream(config, inputs.sources, state), state)
     trainer.callbacks = [
         Logging(folder, reporters, console),
+        Profiling(config.profile, folder.path, mesh.rank, console),
         Control(request, folder),
+        Housekeeping(),
         Evaluation(inputs.sets, folder, reporters, console),
         Checkpoints(folder.path, start.folder, folder, console),
         status,
     ]
-    outcome = trainer.run()
+    with collected_together(config.train.gc_interval_steps), explained(config, engine):
+        outcome = trainer.run()
     if mesh.is_main:
         _conclude(console, config, folder, outcome, status)
     return outcome

@@ -1,19 +1,29 @@
 """What worker processes do for tests, through public doors; arguments and results are JSON."""
 
+import gc
+import time
 from pathlib import Path
 
 import torch
+import torch.distributed as dist
 
 from cpt_mega.config import load_config
 from cpt_mega.config.load import build_config
 from cpt_mega.config.schema import ParallelOptions
 from cpt_mega.engine.context import filled_lengths, gathered_order, rank_positions
 from cpt_mega.engine.fast_paths import environment
+from cpt_mega.engine.memory import explained
 from cpt_mega.engine.mesh import start_mesh, stop_mesh
 from cpt_mega.engine.platform import check_layout
 from cpt_mega.engine.precision import precision_fields
-from cpt_mega.errors import InputError
+from cpt_mega.engine.replicas import differing_replicas
+from cpt_mega.engine.state import load_weights
+from cpt_mega.engine.step import Engine
+from cpt_mega.errors import FaultError, InputError
+from cpt_mega.hf.locate import locate_checkpoint
+from cpt_mega.hf.model_info import read_model_info
 from cpt_mega.hf.shape import ModelShape
+from cpt_mega.loop.housekeeping import collected_together
 from cpt_mega.loop.scoring import score_file
 from cpt_mega.loop.session import run_session
 
@@ -73,3 +83,59 @@ def recipe_in_core(precision: str) -> dict:
 
     core = TransformerConfig(num_layers=2, hidden_size=32, num_attention_heads=4, **precision_fields(precision))
     return {"bf16": core.bf16, "fp8": core.fp8, "fp8_recipe": str(getattr(core.fp8_recipe, "value", core.fp8_recipe))}
+
+
+def differing_replicas_after_a_flip(config: str, overrides: list[str], rank: int | None, name: str) -> list[str]:
+    """What the replica check says of a model in which one rank has one bit of one parameter flipped."""
+    options = load_config(config, overrides)
+    mesh = start_mesh(options.parallel, options.train.seed)
+    try:
+        folder = locate_checkpoint(options.model.checkpoint)
+        engine = Engine(options, read_model_info(folder).shape, mesh)
+        load_weights(engine, folder)
+        if mesh.rank == rank:
+            values = dict(engine.core_chunks[0].named_parameters())[name].detach()
+            words = values.view({2: torch.int16, 4: torch.int32}[values.element_size()]).view(-1)
+            words[len(words) // 2] ^= 1
+        return differing_replicas(engine)
+    finally:
+        stop_mesh()
+
+
+def memory_sentence(config: str, overrides: list[str]) -> str:
+    """What is said when a training step runs out of memory."""
+    options = load_config(config, overrides)
+    mesh = start_mesh(options.parallel, options.train.seed)
+    try:
+        engine = Engine(options, read_model_info(locate_checkpoint(options.model.checkpoint)).shape, mesh)
+        with explained(options, engine):
+            raise torch.OutOfMemoryError("CUDA out of memory")
+    except FaultError as error:
+        return str(error)
+    finally:
+        stop_mesh()
+
+
+def collector_states(interval: int) -> list[bool]:
+    """Whether Python's garbage collector is on before, during and after a run's part."""
+    states = [gc.isenabled()]
+    with collected_together(interval):
+        states.append(gc.isenabled())
+    return [*states, gc.isenabled()]
+
+
+def wait_for_a_process_that_does_not_come(limit_s: float, absent_s: float) -> float | None:
+    """Seconds until rank 0 gave up a collective that rank 1 does not join; None on rank 1."""
+    mesh = start_mesh(ParallelOptions(tp=2), seed=1, timeout_s=600)
+    mesh.set_timeout(limit_s)
+    begin = time.monotonic()
+    try:
+        if mesh.rank:
+            time.sleep(absent_s)
+            return None
+        dist.all_reduce(torch.ones(1), group=mesh.groups.tp)
+        raise AssertionError("the other process came")
+    except RuntimeError:
+        return time.monotonic() - begin
+    finally:
+        stop_mesh()
