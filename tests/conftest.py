@@ -3,6 +3,7 @@
 import pytest
 
 from tests.helpers.jobsite import Jobsite, make_jobsite
+from tests.helpers.matrix import Matrix, write_table
 from tests.helpers.workers import Workers
 
 
@@ -24,3 +25,24 @@ def workers(tmp_path_factory):
 def jobsite(tmp_path_factory) -> Jobsite:
     """A model, corpora and a configuration; tests write into run folders of their own."""
     return make_jobsite(tmp_path_factory.mktemp("jobsite"))
+
+
+def pytest_addoption(parser):
+    parser.addoption("--write-matrix", action="store_true", help="write the README's table of layouts from what passed")
+
+
+def pytest_configure(config):
+    if config.getoption("--write-matrix"):
+        config.pluginmanager.register(_MatrixWriter())
+
+
+class _MatrixWriter:
+    def __init__(self):
+        self.matrix = Matrix()
+
+    def pytest_runtest_logreport(self, report):
+        if report.when == "call" or report.failed:
+            self.matrix.add(report.nodeid, report.passed)
+
+    def pytest_sessionfinish(self, session):
+        write_table(self.matrix)

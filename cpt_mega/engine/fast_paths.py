@@ -92,19 +92,18 @@ def fast_paths(config: Config, core, ddp) -> list[FastPath]:
 
 
 def _kernels(config: Config, core) -> list[FastPath]:
-    gpu = has_gpu()
-    layers = f"Transformer Engine {_version('transformer_engine')}" if gpu else "no GPU: torch's layers"
-    attention = "THD kernels over packed rows" if gpu else "no GPU: SDPA, a document at a time"
+    if not has_gpu():
+        what = "Transformer Engine's and fused kernels, FP8"
+        return [FastPath(what, False, "no GPU: torch's layers, SDPA a document at a time, foreach AdamW")]
     fp8 = f"{core.fp8_recipe}, {core.fp8}" if is_fp8(config.precision) else f"precision is {config.precision}"
-    adam = "fused" if gpu else "no GPU: torch's foreach AdamW"
     return [
-        FastPath("layers", gpu, layers),
-        FastPath("attention within documents", gpu, attention),
-        FastPath("fused rope", core.apply_rope_fusion, _switch(gpu, "apply_rope_fusion")),
-        FastPath("fused SwiGLU", core.bias_activation_fusion, _switch(gpu, "bias_activation_fusion")),
-        FastPath("fused cross-entropy", core.cross_entropy_loss_fusion, _switch(gpu, "cross_entropy_loss_fusion")),
-        FastPath("weight gradients in place", core.gradient_accumulation_fusion, _apex_words(gpu)),
-        FastPath("Adam", gpu, adam),
+        FastPath("layers", True, f"Transformer Engine {_version('transformer_engine')}"),
+        FastPath("attention within documents", True, "THD kernels over packed rows"),
+        FastPath("fused rope", core.apply_rope_fusion, "core.apply_rope_fusion"),
+        FastPath("fused SwiGLU", core.bias_activation_fusion, "core.bias_activation_fusion"),
+        FastPath("fused cross-entropy", core.cross_entropy_loss_fusion, "core.cross_entropy_loss_fusion"),
+        FastPath("weight gradients in place", core.gradient_accumulation_fusion, _apex_words()),
+        FastPath("fused Adam", True, "Transformer Engine's, or apex's"),
         FastPath("FP8", is_fp8(config.precision), fp8),
     ]
 
@@ -128,13 +127,7 @@ def _environment_rows(config: Config) -> list[FastPath]:
     ]
 
 
-def _switch(gpu: bool, name: str) -> str:
-    return f"core.{name}" if gpu else "no GPU"
-
-
-def _apex_words(gpu: bool) -> str:
-    if not gpu:
-        return "no GPU"
+def _apex_words() -> str:
     if has_fused_weight_gradient():
         return "apex; core.gradient_accumulation_fusion"
     return "apex is here without its weight-gradient kernel" if has_apex() else "NVIDIA apex is not installed"

@@ -42,6 +42,10 @@ def _parallel_rules(config: Config, shape: ModelShape) -> Iterator[tuple[bool, s
     )
     even = not _UNEVEN & config.core.keys()  # core checks those itself
     yield even and shape.layers % p.pp > 0, "parallel.pp", p.pp, f"must divide the model's {shape.layers} layers"
+    for name in ("num_layers_in_first_pipeline_stage", "num_layers_in_last_pipeline_stage"):
+        own = config.core.get(name)
+        fix = f"must leave a layer to each other stage: the model has {shape.layers}"
+        yield own is not None and not 1 <= own <= shape.layers - (p.pp - 1), f"core.{name}", own, fix
     chunks = p.pp * p.vpp
     fix = f"parallel.pp {p.pp} x vpp must divide the model's {shape.layers} layers"
     yield even and shape.layers % chunks > 0, "parallel.vpp", p.vpp, fix

@@ -4,10 +4,15 @@ Loading is strict and by name: core itself loads a 512-row embedding into 640 ro
 what a file has and the model has not. So names and global shapes are compared here before anything is read.
 """
 
+import itertools
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
+from megatron.core import __version__ as core_version
 from megatron.core import dist_checkpointing
+from megatron.core.dist_checkpointing.core import CheckpointingException
 from megatron.core.dist_checkpointing.dict_utils import nested_values
 from megatron.core.dist_checkpointing.mapping import ShardedObject, ShardedTensor, apply_factories
 from megatron.core.dist_checkpointing.strategies.fully_parallel import FullyParallelSaveStrategyWrapper
@@ -22,6 +27,7 @@ from cpt_mega.errors import CheckpointError
 
 _RNG_KEY = "rng_state"
 _OPTIMIZER_PREFIX = "optimizer."
+_COMMON = "common.pt"
 
 
 def save_engine(engine: Engine, folder: Path) -> None:
@@ -44,7 +50,7 @@ def load_weights(engine: Engine, folder: Path) -> None:
     """
     state = _model_states(engine)
     _check_strict(state, folder)
-    loaded = dist_checkpointing.load(state, str(folder))
+    loaded = _load(state, folder)
     _take_weights(engine, loaded)
     if engine.optimizer is not None:
         engine.optimizer.reload_model_params()
@@ -60,12 +66,25 @@ def load_everything(engine: Engine, folder: Path, same_layout: bool) -> None:
     _check_strict(_model_states(engine), folder)
     if same_layout:
         state["rng"] = _sharded_rng(engine.mesh)
-    loaded = dist_checkpointing.load(state, str(folder))
+    loaded = _load(state, folder)
     _take_weights(engine, loaded)
     with torch.no_grad():  # in fp32 the shards are views of leaves that require gradients
         engine.optimizer.load_state_dict(loaded["optimizer"])
     if same_layout:
         _take_rng(loaded["rng"])
+
+
+def _load(state: dict, folder: Path) -> dict:
+    try:
+        return dist_checkpointing.load(state, str(folder))
+    except (FileNotFoundError, AttributeError, CheckpointingException) as error:
+        if (folder / _COMMON).exists():
+            raise
+        # From 0.17 on core keeps plain values elsewhere, which 0.16 meets with an AttributeError.
+        fix = (
+            f"was written by a newer megatron-core than {core_version}; read it with that one, or export and import it"
+        )
+        raise CheckpointError("checkpoint", str(folder), fix) from error
 
 
 def has_optimizer(folder: Path) -> bool:
@@ -104,15 +123,50 @@ def _model_states(engine: Engine) -> dict[str, dict]:
 def _sharded_state(engine: Engine, is_loading: bool) -> dict:
     state = _model_states(engine)
     if engine.optimizer is not None:
-        state["optimizer"] = engine.optimizer.sharded_state_dict(
-            dict(state), is_loading=is_loading, metadata=_metadata(engine)
-        )
+        with _unpadded_positions(engine):
+            state["optimizer"] = engine.optimizer.sharded_state_dict(
+                dict(state), is_loading=is_loading, metadata=_metadata(engine)
+            )
     return state
+
+
+@contextmanager
+def _unpadded_positions(engine: Engine) -> Iterator[None]:
+    """Mends core's index of parameters while it cuts the optimizer's state into tensors.
+
+    Core gathers the state without the padding between buckets and then cuts it at positions that count the padding
+    (distrib_optimizer.py, sharded_param_state_fully_reshardable; its own note there names the bug). With more than one
+    bucket - a tied embedding under pipeline parallelism, or overlapped gradient reduction - moments and master weights of
+    the parameters behind a padded bucket would be saved shifted, without a word.
+    """
+    buffers = [buffer for part in _optimizers(engine) for buffer in getattr(part, "buffers", ())]
+    kept = [buffer.param_index_map for buffer in buffers]
+    for buffer in buffers:
+        buffer.param_index_map = _without_padding(buffer)
+    try:
+        yield
+    finally:
+        for buffer, index in zip(buffers, kept, strict=True):
+            buffer.param_index_map = index
+
+
+def _without_padding(buffer) -> dict:
+    """Core's ``{parameter: (start, end, bucket)}`` with the padding of earlier buckets taken out."""
+    unpadded_starts = itertools.accumulate((bucket.numel_unpadded for bucket in buffer.buckets), initial=0)
+    shifts = [bucket.offset - start for bucket, start in zip(buffer.buckets, unpadded_starts, strict=False)]
+    return {
+        parameter: (start - shifts[bucket], end - shifts[bucket], bucket)
+        for parameter, (start, end, bucket) in buffer.param_index_map.items()
+    }
+
+
+def _optimizers(engine: Engine) -> list:
+    return getattr(engine.optimizer, "chained_optimizers", [engine.optimizer])
 
 
 def _make_moments(engine: Engine) -> None:
     """Core's sharded optimizer state reads Adam's moments, which do not exist before the first step."""
-    for part in getattr(engine.optimizer, "chained_optimizers", [engine.optimizer]):
+    for part in _optimizers(engine):
         if not part.optimizer.state and part.init_state_fn is not None:
             part.init_state_fn(part.optimizer, part.config)
 

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from cpt_mega.hf.convert import import_hf
-from tests.helpers.models import tiny_llama, tiny_mistral, tiny_phi3, tiny_qwen2, tiny_qwen3
+from tests.helpers.models import MODELS, tiny_llama
 
 LAYOUTS = {
     "tp1": (1, []),
@@ -22,34 +22,6 @@ LAYOUTS = {
     "tp2_sp_cp2": (4, ["parallel.tp=2", "parallel.sp=true", "parallel.cp=2"]),
     "pp2_vpp2_cp2": (4, ["parallel.pp=2", "parallel.vpp=2", "parallel.cp=2"]),
 }
-# fmt: off
-LLAMA3 = {"rope_type": "llama3", "rope_theta": 5e5, "factor": 4.0, "low_freq_factor": 1.0, "high_freq_factor": 2.0,
-          "original_max_position_embeddings": 16}
-YARN = {"rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0, "original_max_position_embeddings": 16}
-# One line a model: what a new family adds. Documents of ROWS are longer than every window.
-MODELS = {
-    "llama": (tiny_llama, {}),
-    "llama_tied_one_kv_head": (tiny_llama, {"tie_word_embeddings": True, "num_key_value_heads": 1}),
-    "llama_odd_heads": (tiny_llama, {"num_attention_heads": 3, "num_key_value_heads": 3}),
-    "llama_llama3_rope": (tiny_llama, {"rope_parameters": LLAMA3}),
-    "llama_dynamic_rope": (tiny_llama, {"rope_parameters": {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}}),
-    "llama_yarn_rope": (tiny_llama, {"rope_parameters": {**YARN, "mscale": 0.7, "mscale_all_dim": 1.1}}),
-    "llama_linear_rope_wide_heads": (
-        tiny_llama, {"head_dim": 16, "rope_parameters": {"rope_type": "linear", "rope_theta": 1e4, "factor": 2.0}},
-    ),
-    "llama_eight_heads": (tiny_llama, {"num_attention_heads": 8}),
-    "mistral": (tiny_mistral, {}),
-    "mistral_narrow_heads": (tiny_mistral, {"head_dim": 4, "tie_word_embeddings": True, "sliding_window": 1}),
-    "qwen2": (tiny_qwen2, {}),
-    "qwen2_tied": (tiny_qwen2, {"tie_word_embeddings": True}),
-    "qwen2_yarn_windows": (tiny_qwen2, {"rope_parameters": YARN, "use_sliding_window": True, "sliding_window": 5,
-                                        "max_window_layers": 2, "num_attention_heads": 14, "hidden_size": 56}),
-    "qwen3": (tiny_qwen3, {}),
-    "qwen3_tied_windows": (tiny_qwen3, {"tie_word_embeddings": True, "use_sliding_window": True, "sliding_window": 8,
-                                        "layer_types": ["sliding_attention", "full_attention"] * 2}),
-    "phi3_partial_rope": (tiny_phi3, {"partial_rotary_factor": 0.5}),
-}
-# fmt: on
 ROWS = [
     {"id": "three", "ids": [(i * 37 + 11) % 301 for i in range(50)], "doc_lengths": [20, 21, 9]},
     {"id": "one", "ids": [(i * 53 + 7) % 301 for i in range(29)]},
@@ -66,7 +38,7 @@ def model(tmp_path_factory):
         if name not in made:
             build, overrides = MODELS[name]
             folder = tmp_path_factory.mktemp(name)
-            build(folder / "hf", num_hidden_layers=4, **overrides)
+            build(folder / "hf", **{"num_hidden_layers": 4, **overrides})
             import_hf(folder / "hf", folder / "import")
             made[name] = (folder / "hf", folder / "import", _reference(folder / "hf"))
         return made[name]

@@ -1,5 +1,7 @@
 """One step and a few: losses, gradients and updates against transformers, and the same numbers under every layout."""
 
+import shutil
+
 import numpy as np
 import pytest
 import torch
@@ -7,6 +9,7 @@ import torch
 from cpt_mega.hf.convert import import_hf
 from tests.helpers.jobsite import SEQ_LENGTH, checkpoint_tensors, metrics, write_documents
 from tests.helpers.models import tiny_llama, tiny_mistral, tiny_qwen2, tiny_qwen3
+from tests.helpers.workers import JobFailed
 
 # (processes, overrides). micro-batches differ on purpose: rows hold unequal numbers of real targets.
 LAYOUTS = {
@@ -222,9 +225,13 @@ def test_clipping_scales_the_gradient_to_the_norm(llama):
 
 @pytest.mark.parametrize("layout", ["dp2", "pp2_vpp2"])
 def test_overlapping_communication_changes_no_bit(llama, layout):
-    """core's gradient reduction during the backward pass and parameter gathering during the forward pass."""
-    switches = ("core.overlap_grad_reduce=true", "core.overlap_param_gather=true")
-    plain, overlapped = llama.tensors(layout, STEPS), llama.tensors(layout, STEPS, *switches)
+    """core's gradient reduction during the backward pass and parameter gathering during the forward pass.
+
+    In many small buckets, most of them padded: core itself saves the optimizer's state of such buckets shifted.
+    """
+    switches = ("core.overlap_grad_reduce=true", "core.overlap_param_gather=true", "core.bucket_size=3000")
+    words = "optimizer.clip_norm=0"  # other buckets, other shards: the global norm would be summed in another order
+    plain, overlapped = llama.tensors(layout, STEPS, words), llama.tensors(layout, STEPS, words, *switches)
     assert plain.keys() == overlapped.keys()
     assert all(torch.equal(tensor, overlapped[name]) for name, tensor in plain.items())
 
@@ -237,3 +244,29 @@ def test_embedding_and_output_may_have_their_own_rate(llama):
         name for name in still if not name.startswith("optimizer.") and not torch.equal(still[name], decoupled[name])
     }
     assert moved == {"embedding.word_embeddings.weight", "output_layer.weight"}
+
+
+def test_stages_may_have_different_numbers_of_layers(llama):
+    """core.num_layers_in_first_pipeline_stage: one layer and three; the very bits of two and two."""
+    words = "optimizer.clip_norm=0"  # the global norm would be summed in another order
+    uneven = llama.steps("pp2", words, "core.num_layers_in_first_pipeline_stage=1")
+    assert [line["loss"] for line in uneven] == [line["loss"] for line in llama.steps("pp2", words)]
+
+
+def test_what_core_itself_refuses_is_an_error_of_the_option(llama, workers):
+    with pytest.raises(JobFailed) as failure:
+        words = [f"run.dir={llama.folder}/refused", "core.fp8_param=true"]
+        workers(1).run("train", config=llama.config, overrides=words)
+    assert failure.value.kind == "InputError" and "core" in str(failure.value)
+
+
+def test_a_folder_of_a_newer_core_is_refused_with_the_reason(llama, workers, tmp_path):
+    """Only a core that keeps plain values in common.pt meets it: a newer one reads both."""
+    written = llama.run("one") / "checkpoints" / "iter_0000001"
+    if not (written / "common.pt").exists():
+        pytest.skip("this core is a newer one")
+    shutil.copytree(written, tmp_path / "newer")
+    (tmp_path / "newer" / "common.pt").unlink()
+    with pytest.raises(JobFailed) as failure:
+        workers(1).run("load_folder", config=llama.config, folder=str(tmp_path / "newer"))
+    assert failure.value.kind == "CheckpointError" and "newer megatron-core" in str(failure.value)

@@ -139,3 +139,14 @@ def wait_for_a_process_that_does_not_come(limit_s: float, absent_s: float) -> fl
         return time.monotonic() - begin
     finally:
         stop_mesh()
+
+
+def load_folder(config: str, folder: str) -> None:
+    """Loads the weights of a folder, without looking at its seal."""
+    options = load_config(config)
+    mesh = start_mesh(options.parallel, options.train.seed)
+    try:
+        shape = read_model_info(locate_checkpoint(options.model.checkpoint)).shape
+        load_weights(Engine(options, shape, mesh), Path(folder))
+    finally:
+        stop_mesh()

@@ -57,6 +57,38 @@ tiny_qwen3 = partial(tiny_model, "qwen3")
 tiny_phi3 = partial(tiny_model, "phi3")
 
 
+# fmt: off
+LLAMA3 = {"rope_type": "llama3", "rope_theta": 5e5, "factor": 4.0, "low_freq_factor": 1.0, "high_freq_factor": 2.0,
+          "original_max_position_embeddings": 16}
+YARN = {"rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0, "original_max_position_embeddings": 16}
+# One line a model, which is what a new family adds: it is converted there and back, and scored at every layout.
+# Documents of the parity tests are longer than every window here.
+MODELS = {
+    "llama": (tiny_llama, {}),
+    "llama_tied_one_kv_head": (tiny_llama, {"tie_word_embeddings": True, "num_key_value_heads": 1}),
+    "llama_odd_heads": (tiny_llama, {"num_attention_heads": 3, "num_key_value_heads": 3}),
+    "llama_llama3_rope": (tiny_llama, {"rope_parameters": LLAMA3}),
+    "llama_dynamic_rope": (tiny_llama, {"rope_parameters": {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}}),
+    "llama_yarn_rope": (tiny_llama, {"rope_parameters": {**YARN, "mscale": 0.7, "mscale_all_dim": 1.1}}),
+    "llama_linear_rope_wide_heads": (
+        tiny_llama, {"head_dim": 16, "rope_parameters": {"rope_type": "linear", "rope_theta": 1e4, "factor": 2.0}},
+    ),
+    "llama_eight_heads": (tiny_llama, {"num_attention_heads": 8}),
+    "mistral": (tiny_mistral, {}),
+    "mistral_narrow_heads": (tiny_mistral, {"head_dim": 4, "tie_word_embeddings": True, "sliding_window": 1}),
+    "qwen2": (tiny_qwen2, {}),
+    "qwen2_tied": (tiny_qwen2, {"tie_word_embeddings": True}),
+    "qwen2_yarn_windows": (tiny_qwen2, {"rope_parameters": YARN, "use_sliding_window": True, "sliding_window": 5,
+                                        "max_window_layers": 2, "num_attention_heads": 14, "hidden_size": 56}),
+    "qwen3": (tiny_qwen3, {}),
+    "qwen3_tied_windows": (tiny_qwen3, {"tie_word_embeddings": True, "use_sliding_window": True, "sliding_window": 8,
+                                        "num_hidden_layers": 4,
+                                        "layer_types": ["sliding_attention", "full_attention"] * 2}),
+    "phi3_partial_rope": (tiny_phi3, {"partial_rotary_factor": 0.5}),
+}
+# fmt: on
+
+
 def tiny_tokenizer(folder: str | Path, vocab_size: int) -> None:
     """A byte-level BPE tokenizer trained on a few sentences, with BOS, EOS and a chat template."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers

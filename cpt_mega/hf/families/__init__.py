@@ -1,11 +1,12 @@
 """Model families: for each, how its ``config.json`` reads and where its tensors go. See the README beside ``hf``."""
 
+import importlib
+import pkgutil
 from collections.abc import Callable
 from dataclasses import dataclass
 
 from cpt_mega.errors import InputError
 from cpt_mega.hf.config_reader import ConfigReader
-from cpt_mega.hf.families import llama, mistral, phi3, qwen2, qwen3
 from cpt_mega.hf.shape import ModelShape
 from cpt_mega.hf.tensor_map import Rule, TensorMap
 
@@ -27,13 +28,17 @@ class Family:
     tied: tuple[str, str] = ("lm_head.weight", "model.embed_tokens.weight")
 
 
-FAMILIES = {
-    "llama": Family(llama.read_shape, llama.tensor_rules, llama.DERIVED),
-    "mistral": Family(mistral.read_shape, llama.tensor_rules),
-    "qwen2": Family(qwen2.read_shape, qwen2.tensor_rules),
-    "qwen3": Family(qwen3.read_shape, qwen3.tensor_rules),
-    "phi3": Family(phi3.read_shape, phi3.tensor_rules),
-}
+def _found() -> dict[str, Family]:
+    """Every module of this folder, under its name: a ``model_type``. One without DERIVED has no such tensors."""
+    names = sorted(module.name for module in pkgutil.iter_modules(__path__))
+    modules = {name: importlib.import_module(f"{__name__}.{name}") for name in names}
+    return {
+        name: Family(module.read_shape, module.tensor_rules, getattr(module, "DERIVED", ()))
+        for name, module in modules.items()
+    }
+
+
+FAMILIES = _found()
 
 
 def find_family(model_type: object) -> Family:

@@ -11,3 +11,6 @@ from cpt_mega.hf.shape import ModelShape
 def read_shape(reader: ConfigReader) -> ModelShape:
     """The shape of a Mistral."""
     return llama.read_decoder(reader, "mistral", kv_heads=8, sliding_window=reader.window(4096))
+
+
+tensor_rules = llama.tensor_rules
