@@ -7,14 +7,17 @@ auto      full from the newest checkpoint of ``run.dir`` when there is one, else
 ========  =====================================================================================================
 """
 
+import copy
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from cpt_mega.checkpoint.store import TrainerState, checkpoint_problem, newest_checkpoint, read_state
+from cpt_mega.config.load import build_config
 from cpt_mega.config.schema import Config
 from cpt_mega.engine import state as engine_state
+from cpt_mega.engine.core_options import NUMERIC
 from cpt_mega.engine.mesh import Mesh
 from cpt_mega.engine.step import Engine
 from cpt_mega.errors import CheckpointError, InputError
@@ -30,7 +33,7 @@ _NEEDS_ACCEPTANCE = (
     *(f"schedule.{name}" for name in ("kind", "warmup_tokens", "decay_tokens")),
     "eval.sets",
     "eval.max_tokens",
-    "core",
+    *NUMERIC,
 )
 
 # The two optimizers keep different tensors, so one cannot read what the other wrote.
@@ -139,13 +142,15 @@ def _full(config: Config, start: Start, lineage: dict, layout: dict[str, int]) -
     if not engine_state.has_optimizer(start.folder):
         fix = f"{start.folder} holds no optimizer state; use restore.mode=weights"
         raise CheckpointError("restore.mode", "full", fix)
-    differences = list(differing_fields(_comparable(state.config), _comparable(config.model_dump(mode="json"))))
+    differences = list(
+        differing_fields(_comparable(_completed(state.config)), _comparable(config.model_dump(mode="json")))
+    )
     _check_lineage(config, state.lineage, lineage)
     _check_accepted(config, differences)
     stale = [bucket for bucket in state.baseline if _differs(state.lineage["eval"], lineage["eval"], bucket)]
     for bucket in stale:  # what was measured on other items is no baseline
         del state.baseline[bucket]
-    same = state.layout == layout
+    same = {"vpp": 1, "cp": 1, **state.layout} == layout  # a folder may be from before these were
     rows = [("weights", "restored", str(start.folder))]
     rows += [(item, "restored", "bit for bit") for item in ("master weights", "optimizer moments")]
     rows.append(("step and tokens", "restored", f"step {state.step}, {state.tokens:,} tokens"))
@@ -155,10 +160,17 @@ def _full(config: Config, start: Start, lineage: dict, layout: dict[str, int]) -
     rows.append(
         ("generators", "restored", "") if same else ("generators", "fresh", f"saved at {state.layout}, now {layout}")
     )
+    if config.precision == "fp8-delayed":
+        rows.append(("FP8 scales", "fresh", "delayed scaling measures them again in its first steps"))
     for name, before, after in differences:
         what = "accepted" if _matches(name, _NEEDS_ACCEPTANCE) else "harmless"
         rows.append((name, what, f"{_short(before)} is now {_short(after)}"))
     return Restore(start, state, same, rows)
+
+
+def _completed(config: dict) -> dict:
+    """A stored configuration with the defaults of options that did not exist when it was written."""
+    return build_config(copy.deepcopy(config)).model_dump(mode="json")
 
 
 def _comparable(config: dict) -> dict:

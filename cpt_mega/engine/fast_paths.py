@@ -13,7 +13,7 @@ from cpt_mega.config.schema import Config, ParallelOptions
 from cpt_mega.engine.host import compute_capability, has_gpu
 from cpt_mega.engine.precision import is_fp8
 
-HOPPER = (9, 0)
+_ALLOCATOR, _ALLOCATOR_TOO = "PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_ALLOC_CONF"  # newer torch reads both names
 BLACKWELL = (10, 0)
 
 
@@ -36,14 +36,14 @@ def has_fused_weight_gradient() -> bool:
     return importlib.util.find_spec("fused_weight_gradient_mlp_cuda") is not None
 
 
-def fast_fields() -> dict:
+def fast_fields(deterministic: bool) -> dict:
     """TransformerConfig's fields for kernels on this platform."""
     gpu = has_gpu()
     return {
         "bias_activation_fusion": gpu,
         "apply_rope_fusion": gpu,
         "masked_softmax_fusion": False,  # attention never goes through core's own softmax
-        "cross_entropy_loss_fusion": gpu,
+        "cross_entropy_loss_fusion": gpu and not deterministic,  # Megatron-LM refuses the two together
         # Transformer Engine's is faster and asks the host a question each time (torch.equal), which stops the stream.
         "cross_entropy_fusion_impl": "native",
         "gradient_accumulation_fusion": gpu and has_fused_weight_gradient(),
@@ -64,7 +64,7 @@ def environment(
 ) -> dict[str, tuple[str, str]]:
     """Variables for CUDA, as ``{name: (value, why)}``; pure, so that it can be read and tested anywhere."""
     chosen = {
-        "PYTORCH_CUDA_ALLOC_CONF": ("expandable_segments:True", "packed rows change the sizes that are asked for"),
+        _ALLOCATOR: ("expandable_segments:True", "packed rows change the sizes that are asked for"),
         "NCCL_NVLS_ENABLE": ("0", "NVLink SHARP takes memory for buffers; set 1 to try it"),
         "TORCH_NCCL_AVOID_RECORD_STREAMS": ("1", "memory of collectives is given back at once"),
     }
@@ -83,7 +83,8 @@ def apply_environment(parallel: ParallelOptions, deterministic: bool) -> None:
     """Sets what the user has not set. Before the first CUDA call; does nothing without a GPU."""
     if has_gpu():
         for name, (value, _) in environment(parallel, deterministic, compute_capability()).items():
-            os.environ.setdefault(name, value)
+            if name != _ALLOCATOR or _ALLOCATOR_TOO not in os.environ:
+                os.environ.setdefault(name, value)
 
 
 def fast_paths(config: Config, core, ddp) -> list[FastPath]:

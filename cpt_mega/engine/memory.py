@@ -35,8 +35,10 @@ def explained(config: Config, engine: Engine | None = None) -> Iterator[None]:
     """Turns running out of memory into a FaultError that says what took how much and which option to change."""
     try:
         yield
-    except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
-        if type(error) is RuntimeError and _CPU_WORDS not in str(error):
+    except (torch.OutOfMemoryError, MemoryError) as error:
+        raise FaultError(_sentence(config, engine)) from error
+    except RuntimeError as error:
+        if _CPU_WORDS not in str(error):
             raise
         raise FaultError(_sentence(config, engine)) from error
 

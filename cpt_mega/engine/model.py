@@ -34,7 +34,7 @@ def transformer_config(config: Config, shape: ModelShape) -> TransformerConfig:
         **_shape_fields(config, shape),
         **_parallel_fields(config),
         **precision_fields(config.precision),
-        **fast_fields(),
+        **fast_fields(config.train.deterministic),
         "calculate_per_token_loss": True,
         # Weights are always restored, but core marks what is tensor-parallel while it initialises: without the mark the
         # gradient norm counts sharded weights on one rank only, and clipping goes wrong in silence.
@@ -99,6 +99,8 @@ def _attention_fields(shape: ModelShape) -> dict:
     if shape.sliding_window is not None:
         fields["window_size"] = (shape.sliding_window - 1, 0)  # core does not count the position itself
         fields["window_attn_skip_freq"] = [int(i not in shape.full_attention_layers) for i in range(shape.layers)]
+        # The one way of Transformer Engine's that has windows over packed rows under context parallelism.
+        fields["cp_comm_type"] = "a2a"
     return fields
 
 

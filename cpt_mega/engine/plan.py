@@ -13,6 +13,7 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 from cpt_mega.config import Config
 from cpt_mega.engine.mesh import Layout, Mesh, start_groups
 from cpt_mega.engine.model import build_chunks
+from cpt_mega.engine.precision import model_dtype
 from cpt_mega.hf.shape import ModelShape
 
 _GIB = 1024**3
@@ -49,7 +50,7 @@ def _plan_rank(config: Config, shape: ModelShape, rank: int, world: int) -> Rank
 def _bytes_per_parameter(config: Config, peers: int) -> float:
     """Weights and fp32 gradients on each process; master weights and two moments shared by ``peers`` with its part of
     the model (data- and context-parallel ones)."""
-    weights, master = (2, 4) if config.precision == "bf16" else (4, 0)
+    weights, master = (4, 0) if model_dtype(config.precision) == torch.float32 else (2, 4)
     shared = peers if config.train.distributed_optimizer else 1
     return weights + 4 + (master + 8) / shared
 

@@ -11,13 +11,7 @@ from cpt_mega.errors import InputError
 from cpt_mega.hf.shape import VOCAB_MULTIPLE, ModelShape
 
 # Core's ways to give pipeline stages different numbers of layers.
-_UNEVEN = {
-    "num_layers_in_first_pipeline_stage",
-    "num_layers_in_last_pipeline_stage",
-    "account_for_embedding_in_pipeline_split",
-    "account_for_loss_in_pipeline_split",
-    "pipeline_model_parallel_layout",
-}
+_UNEVEN = {"num_layers_in_first_pipeline_stage", "num_layers_in_last_pipeline_stage"}
 
 
 def check_layout(config: Config, shape: ModelShape, world: int) -> None:
@@ -42,7 +36,7 @@ def _parallel_rules(config: Config, shape: ModelShape) -> Iterator[tuple[bool, s
     )
     even = not _UNEVEN & config.core.keys()  # core checks those itself
     yield even and shape.layers % p.pp > 0, "parallel.pp", p.pp, f"must divide the model's {shape.layers} layers"
-    for name in ("num_layers_in_first_pipeline_stage", "num_layers_in_last_pipeline_stage"):
+    for name in sorted(_UNEVEN):
         own = config.core.get(name)
         fix = f"must leave a layer to each other stage: the model has {shape.layers}"
         yield own is not None and not 1 <= own <= shape.layers - (p.pp - 1), f"core.{name}", own, fix
@@ -52,6 +46,19 @@ def _parallel_rules(config: Config, shape: ModelShape) -> Iterator[tuple[bool, s
     yield shape.heads % p.tp > 0, "parallel.tp", p.tp, f"must divide the model's {shape.heads} attention heads"
     yield shape.ffn_hidden_size % p.tp > 0, "parallel.tp", p.tp, f"must divide ffn_hidden_size {shape.ffn_hidden_size}"
     yield VOCAB_MULTIPLE % p.tp > 0, "parallel.tp", p.tp, f"must be a power of two up to {VOCAB_MULTIPLE}"
+    if has_gpu() and p.cp > 1:
+        yield (
+            config.precision == "fp32",
+            "parallel.cp",
+            p.cp,
+            "Transformer Engine's context parallelism needs bf16 or FP8",
+        )
+        heads, key_heads = shape.heads // p.tp, max(1, shape.kv_heads // p.tp)
+        fix = (
+            f"must divide {heads} query and {key_heads} key/value heads of a rank: the sliding window needs all-to-all"
+        )
+        odd = shape.sliding_window is not None and (heads % p.cp or key_heads % p.cp)
+        yield bool(odd), "parallel.cp", p.cp, fix
     fits = max(groups, p.tp) % min(groups, p.tp) == 0
     yield not fits, "parallel.tp", p.tp, f"must divide, or be a multiple of, the model's {groups} key/value heads"
 
@@ -70,13 +77,6 @@ def _batch_rules(config: Config, shape: ModelShape, dp: int) -> Iterator[tuple[b
         f"an interleaved pipeline takes micro-batches in rounds of parallel.pp {p.pp}, and a step has {rounds} of them"
     )
     yield p.vpp > 1 and rounds % p.pp > 0, "train.global_batch_size", train.global_batch_size, fix
-    odd = p.sp and train.seq_length % p.tp > 0
-    yield (
-        odd,
-        "train.seq_length",
-        train.seq_length,
-        f"must be a multiple of parallel.tp {p.tp} under sequence parallelism",
-    )
     longest = shape.max_positions
     fix = f"the model has {longest} positions; use rows of at most that many tokens"
     yield train.seq_length > longest, "train.seq_length", train.seq_length, fix

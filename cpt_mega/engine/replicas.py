@@ -1,7 +1,11 @@
 """Whether what must be the same on several processes is the same, bit for bit.
 
 Data- and context-parallel replicas hold equal parameters, and tensor-parallel ranks equal copies of those that are not cut
-(norms, some biases). A bit that flipped in memory, or a reduction that went wrong, otherwise spreads without a word.
+(norms, some biases). What goes wrong in a gathering, in a reduction, or in memory otherwise stays without a word.
+
+Under the distributed optimizer each rank owns a part of the parameters and the others' copies are gathered from it after
+every update: the check finds copies that differ after that (with ``core.overlap_param_gather`` it makes the gathering
+first). A bit that flips in the owner's own part is given to all alike, and no comparison can find it.
 """
 
 from collections import Counter
@@ -14,7 +18,7 @@ from torch import Tensor
 from cpt_mega.engine.step import Engine
 
 _WEIGHTS = 4093  # a prime: weights 1 to 4093 by position tell a swap, where a plain sum would not
-_CHUNK = _WEIGHTS * 1024  # words at once, so that the check takes 32 MiB whatever the parameter
+_CHUNK = _WEIGHTS * 1024  # words at once, so that the check takes about 100 MB whatever the parameter
 
 
 def differing_replicas(engine: Engine) -> list[str]:

@@ -68,6 +68,7 @@ def load_everything(engine: Engine, folder: Path, same_layout: bool) -> None:
         state["rng"] = _sharded_rng(engine.mesh)
     loaded = _load(state, folder)
     _take_weights(engine, loaded)
+    _align_groups(loaded["optimizer"], _optimizers(engine)[0].optimizer.param_groups)
     with torch.no_grad():  # in fp32 the shards are views of leaves that require gradients
         engine.optimizer.load_state_dict(loaded["optimizer"])
     if same_layout:
@@ -113,7 +114,7 @@ def _model_states(engine: Engine) -> dict[str, dict]:
     From the bare model: under its wrappers the names would get a ``module.`` prefix.
     """
     states = [chunk.sharded_state_dict(metadata=_metadata(engine)) for chunk in engine.core_chunks]
-    # Transformer Engine's extra state holds FP8 scales, which no recipe of this version has.
+    # Transformer Engine's extra state holds the scales of delayed FP8 scaling, which start anew (the contract says so).
     return {
         key: {name: value for name, value in state.items() if not isinstance(value, ShardedObject)}
         for key, state in zip(_chunk_keys(engine), states, strict=True)
@@ -128,6 +129,30 @@ def _sharded_state(engine: Engine, is_loading: bool) -> dict:
                 dict(state), is_loading=is_loading, metadata=_metadata(engine)
             )
     return state
+
+
+def _align_groups(loaded: object, current: list[dict]) -> None:
+    """Gives the stored parameter groups today's learning rates, in place, and one to each group of today.
+
+    Core tells groups apart by their rates among other things (0.19) or fails on their number, so a changed
+    ``optimizer.lr`` or a new ``core.decoupled_lr`` could not be resumed; the rates are set before each step anyway.
+    """
+    if isinstance(loaded, list | tuple):
+        for item in loaded:
+            _align_groups(item, current)
+    if not isinstance(loaded, dict):
+        return
+    for key, value in loaded.items():
+        if key != "param_groups":
+            _align_groups(value, current)
+    stored = loaded.get("param_groups")
+    if stored:
+        by_decay = {group.get("wd_mult", group.get("pre_wd_mult")): group for group in stored}
+        rates = ("max_lr", "min_lr", "default_config", "is_decoupled_lr", "lr_mult")
+        loaded["param_groups"] = [
+            {**by_decay[group["wd_mult"]], **{name: group[name] for name in rates if name in group}}
+            for group in current
+        ]
 
 
 @contextmanager

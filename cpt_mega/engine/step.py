@@ -1,9 +1,11 @@
 """The step: rows in, one optimizer update or one evaluation out, under core's own schedules at any layout.
 
-Nothing in a step waits for the device but core's own gradient clipping: batches lie in pinned memory, losses are reduced
-and copied beside the next step's work, and their numbers are asked for when that step is under way (``PendingStep``).
+Nothing of ours waits for the device in a step (core does, in gradient clipping and, in 0.16, where it counts tokens): batches
+lie in pinned memory, losses are reduced and copied beside the next step's work, and their numbers are asked for when that
+step is under way (``PendingStep``).
 """
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -121,9 +123,11 @@ class Engine:
         lr = set_learning_rate(self.optimizer, self.config, rate)
         losses = self._losses(batch, forward_only=False)
         clock.mark()
-        _, grad_norm, _ = self.optimizer.step()
+        updated, grad_norm, _ = self.optimizer.step()
         clock.mark()
-        return PendingStep(self._reduced(losses), float(grad_norm or 0.0), lr, clock)
+        # Core skips an update whose gradients are not finite, and then has no norm. Without clipping it computes none.
+        norm = float(grad_norm or 0.0) if updated else math.nan
+        return PendingStep(self._reduced(losses), norm, lr, clock)
 
     def evaluate(self, count: int, read: Callable[[int], Row]) -> Tensor:
         """[rows, 2]: summed loss (nats) and real targets of each row, without gradients and without touching any state."""

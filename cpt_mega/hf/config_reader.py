@@ -1,17 +1,17 @@
 """Reading ``config.json`` without guessing: every field is understood, known to change nothing, or refused by name."""
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from pathlib import Path
 
 from cpt_mega.errors import InputError
-from cpt_mega.hf.rope import RopeShape, is_positive, read_rope
+from cpt_mega.hf.rope import TYPES, RopeShape, is_positive, read_rope
 
 # Bookkeeping of transformers: nothing here changes the value of a forward pass over given token ids.
 # fmt: off
 BOOKKEEPING = frozenset({
     "_attn_implementation", "_attn_implementation_autoset", "_attn_implementation_internal", "_name_or_path",
-    "architectures", "bos_token_id", "chunk_size_feed_forward", "dtype", "eos_token_id", "id2label",
+    "architectures", "auto_map", "bos_token_id", "chunk_size_feed_forward", "dtype", "eos_token_id", "id2label",
     "initializer_range", "label2id", "max_length", "model_type", "name_or_path",
     "output_attentions", "output_hidden_states", "pad_token_id", "problem_type", "return_dict", "tokenizer_class",
     "torch_dtype", "transformers_version", "unk_token_id", "use_cache",
@@ -94,12 +94,15 @@ class ConfigReader:
         fix = f"must be a list of {len(default)}, each of {', '.join(sorted(known))}"
         return self._take("layer_types", default, is_right, fix)
 
-    def rope(self, partial: bool = False) -> RopeShape:
-        """The rotary embedding; of a part of each head only where the family has that."""
+    def rope(self, partial: bool = False, types: Collection[str] = tuple(TYPES)) -> RopeShape:
+        """The rotary embedding, of one of some types; of a part of each head only where the family has that."""
         self.unused("rope_theta", "rope_scaling", "rope_parameters", "partial_rotary_factor")
         shape = read_rope(self._config)
         if shape.partial != 1.0 and not partial:
             raise InputError("config.json: partial_rotary_factor", shape.partial, "only 1.0 exists in this family")
+        if shape.type not in types:
+            fix = f"only {', '.join(types)} exist in this family"
+            raise InputError("config.json: rope_type", shape.type, fix)
         return shape
 
     def finish(self) -> None:

@@ -87,7 +87,7 @@ def read_rope(config: dict) -> RopeShape:
     ``rope_parameters`` (transformers 5). When both stand there they must agree. Raises InputError."""
     old, new = (_object(key, config.get(key)) for key in ("rope_scaling", "rope_parameters"))
     theta = _first(config.get("rope_theta"), new.get("rope_theta"), old.get("rope_theta"), THETA)
-    partial = _first(config.get("partial_rotary_factor"), new.get("partial_rotary_factor"), 1.0)
+    partial = _first(*(place.get("partial_rotary_factor") for place in (config, new, old)), 1.0)
     plain = _one_spelling("rope_theta", {}, theta, partial)
     given = [
         _one_spelling(key, fields, theta, partial)
@@ -118,7 +118,10 @@ def _one_spelling(field: str, fields: dict, theta: object, partial: object) -> R
     if not isinstance(kind, str) or kind not in TYPES or kinds[1:] not in ([], [kind]):
         raise InputError(f"config.json: {field}.rope_type", kinds, f"supported: one of {', '.join(TYPES)}")
     _expect_parameters(field, kind, fields)
-    if not is_positive(theta) or not all(isinstance(v, bool) or is_positive(v) for v in fields.values()):
+    numbers = [value for name, value in fields.items() if name != "truncate"]
+    if not isinstance(fields.get("truncate", True), bool):
+        raise InputError(f"config.json: {field}.truncate", fields["truncate"], "must be true or false")
+    if not is_positive(theta) or not all(map(is_positive, numbers)):
         values = {"rope_theta": theta, **fields}
         raise InputError(f"config.json: {field}", values, "every value must be a positive number")
     if not is_positive(partial) or partial > 1:

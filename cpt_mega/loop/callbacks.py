@@ -211,7 +211,7 @@ class Checkpoints(NullCallback):
     def _save(self, trainer: Trainer) -> None:
         if self._saved == trainer.state.step:
             return
-        trainer.settle()
+        trainer.quiesce()
         begin = time.perf_counter()
         path = save_checkpoint(self.run_dir, trainer.engine, trainer.state, self.model_files)
         self._saved = trainer.state.step

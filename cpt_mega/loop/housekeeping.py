@@ -41,6 +41,7 @@ class Housekeeping(NullCallback):
             self._check_replicas(trainer)
 
     def _check_replicas(self, trainer: Trainer) -> None:
+        trainer.settle()
         found = differing_replicas(trainer.engine)
         if found:
             more = f" and {len(found) - 1} more" if len(found) > 1 else ""

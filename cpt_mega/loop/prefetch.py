@@ -5,7 +5,7 @@ stood, however far ahead the thread has read.
 """
 
 from collections.abc import Callable
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
 
 from cpt_mega.data.rows import PackedRow
@@ -52,6 +52,10 @@ class Prefetcher:
         batch = self._ahead.result()
         self._ahead = self._thread.submit(self._draw)
         return batch
+
+    def rest(self) -> None:
+        """Waits until the batch ahead is there; the thread then has nothing to do. Its error, if any, stays for ``next``."""
+        wait([self._ahead])
 
     def __enter__(self) -> "Prefetcher":
         return self

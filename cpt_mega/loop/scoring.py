@@ -26,7 +26,7 @@ from cpt_mega.errors import CheckpointError, ExitCode, InputError
 from cpt_mega.hf.convert import import_hf
 from cpt_mega.hf.locate import locate_checkpoint
 from cpt_mega.hf.model_info import read_model_info
-from cpt_mega.hf.shape import VOCAB_MULTIPLE
+from cpt_mega.hf.shape import ModelShape
 
 _CHUNK_ROWS = 64  # held in memory at a time
 _SECTIONS = ("parallel.", "precision")
@@ -94,8 +94,8 @@ def _scoring_config(overrides: Sequence[str]) -> Config:
         "train": {
             "tokens": 0,
             "global_batch_size": world_size(),
-            "seq_length": VOCAB_MULTIPLE,
-        },  # rows bring their own length,
+            "seq_length": 1,  # rows bring their own length
+        },
     }
     return build_config(values, overrides)
 
@@ -117,7 +117,7 @@ def _score_all(engine: Engine, mesh: Mesh, source: Path, target: Path) -> None:
             open(building if mesh.is_main else os.devnull, "w") as output,
         ):
             task = progress.add_task("scoring", total=total)
-            for chunk in _chunks(_read_rows(source, multiple, engine.shape.vocab_size)):
+            for chunk in _chunks(_read_rows(source, multiple, engine.shape)):
                 for line in _score_chunk(engine, mesh, chunk):
                     output.write(line + "\n")
                 progress.advance(task, len(chunk))
@@ -176,14 +176,14 @@ def _count_lines(source: Path) -> int:
         raise InputError("--input", str(source), f"cannot be read ({error.strerror})") from error
 
 
-def _read_rows(source: Path, multiple: int, vocab_size: int) -> Iterator[ScoreRow]:
+def _read_rows(source: Path, multiple: int, shape: ModelShape) -> Iterator[ScoreRow]:
     with open(source, encoding="utf-8", errors="replace") as stream:
         for number, line in enumerate(stream, 1):
             if line.strip():
-                yield _parse_row(line, f"{source}:{number}", multiple, vocab_size)
+                yield _parse_row(line, f"{source}:{number}", multiple, shape)
 
 
-def _parse_row(line: str, where: str, multiple: int, vocab_size: int) -> ScoreRow:
+def _parse_row(line: str, where: str, multiple: int, shape: ModelShape) -> ScoreRow:
     try:
         value = json.loads(line)
         ids = value["ids"]
@@ -197,8 +197,11 @@ def _parse_row(line: str, where: str, multiple: int, vocab_size: int) -> ScoreRo
         )
     if sum(lengths) != len(ids):
         raise InputError(f"{where} doc_lengths", lengths, f"must sum to the {len(ids)} ids of the row")
-    if min(ids) < 0 or max(ids) >= vocab_size:
-        raise InputError(f"{where} ids", max(ids), f"outside the model's vocabulary of {vocab_size}")
+    if min(ids) < 0 or max(ids) >= shape.vocab_size:
+        raise InputError(f"{where} ids", max(ids), f"outside the model's vocabulary of {shape.vocab_size}")
+    if max(lengths) > shape.max_positions:
+        fix = f"the model has {shape.max_positions} positions; no document may be longer"
+        raise InputError(f"{where} doc_lengths", max(lengths), fix)
     return _padded(value.get("id"), ids, lengths, multiple)
 
 

@@ -35,15 +35,21 @@ class StepReport:
 
 
 class Callback(Protocol):
-    """What hangs on the loop. Every rank runs every callback, in order; a callback may make collectives."""
+    """What hangs on the loop. Every rank runs every callback, in order."""
 
     def on_start(self, trainer: "Trainer") -> None: ...
 
     def on_report(self, trainer: "Trainer", report: StepReport) -> None:
-        """The numbers of a step. They may come when the next step is under way: look at the report, not at the state."""
+        """The numbers of a step. They may come when the next step is under way: look at the report, not at the state.
+
+        No collectives: ranks may settle at different moments.
+        """
 
     def on_boundary(self, trainer: "Trainer", tokens: int) -> None:
-        """Between two steps; the last one had ``tokens`` real tokens. ``trainer.settle`` first, to stop or to save."""
+        """Between two steps, and collectives may be made here; the last one had ``tokens`` real tokens.
+
+        ``trainer.settle`` first, to stop; ``trainer.quiesce``, to save.
+        """
 
     def on_end(self, trainer: "Trainer") -> None: ...
 
@@ -78,6 +84,7 @@ class Trainer:
     outcome: tuple[str, str] | None = None
     save_requested: bool = False
     _unsettled: _Launched | None = field(default=None, init=False)
+    _batches: Prefetcher | None = field(default=None, init=False)
 
     def __post_init__(self):
         self.learning_rate = LearningRate.from_config(self.config)
@@ -130,6 +137,13 @@ class Trainer:
         for callback in self.callbacks:
             callback.on_report(self, report)
 
+    def quiesce(self) -> None:
+        """Settles, and waits until the thread that reads ahead is at rest: core forks when it saves, and a lock that a
+        thread holds at that moment would stay locked in the child."""
+        self.settle()
+        if self._batches is not None:
+            self._batches.rest()
+
     def steps_left(self, step: int, tokens: int) -> int:
         """Steps from there to the budget, estimated from the tokens a step has had so far (rows before the first)."""
         rows = self.config.train.global_batch_size
@@ -137,13 +151,27 @@ class Trainer:
         return math.ceil(max(0, self.config.train.tokens - tokens) / per_step)
 
     def _train(self, batches: Prefetcher) -> None:
-        while self.outcome is None and not self.budget_reached:
-            launched = self._launch(batches)
-            self.settle()  # the step before, while this one is under way
-            self._unsettled = launched
-            for callback in self.callbacks:
-                callback.on_boundary(self, launched.batch.tokens)
-        self.settle()
+        self._batches = batches
+        try:
+            while self.outcome is None and not self.budget_reached:
+                launched = self._launch(batches)
+                self.settle()  # the step before, while this one is under way
+                self._unsettled = launched
+                for callback in self.callbacks:
+                    callback.on_boundary(self, launched.batch.tokens)
+            self.settle()
+        except Exception as error:
+            self._settle_after(error)
+            raise
+
+    def _settle_after(self, error: Exception) -> None:
+        """The last finished step is still reported; if its numbers were not finite, that is what went wrong first."""
+        try:
+            self.settle()
+        except FaultError as earlier:
+            raise earlier from error
+        except Exception:  # a device that has failed has no numbers
+            return
 
     def _launch(self, batches: Prefetcher) -> _Launched:
         begin = time.perf_counter()

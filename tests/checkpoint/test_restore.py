@@ -182,3 +182,16 @@ def test_two_runs_in_one_folder_are_refused(workers, jobsite, tmp_path):
         fcntl.flock(lock, fcntl.LOCK_EX)
         assert "another run is writing here (pid 1 on there)" in _refused(workers, jobsite, run)
     assert _train(workers, jobsite, run)[0] == "finished"
+
+
+def test_an_option_that_did_not_exist_then_has_its_default(workers, jobsite, stopped, tmp_path):
+    """A checkpoint from before an option goes on; one whose value now differs from that default is asked about."""
+    shutil.copytree(stopped, tmp_path / "run")
+    folder = tmp_path / "run" / "checkpoints" / "iter_0000001"
+    state = json.loads((folder / "trainer_state.json").read_text())
+    del state["config"]["core"], state["config"]["profile"], state["config"]["train"]["gc_interval_steps"]
+    (folder / "trainer_state.json").write_text(json.dumps(state))
+    seal_folder(folder)
+    said = _refused(workers, jobsite, tmp_path / "run", "core.decoupled_lr=1e-3")
+    assert "core.decoupled_lr = 0.001" in said and "restore.accept=[core.decoupled_lr]" in said
+    assert _train(workers, jobsite, tmp_path / "run")[0] == "finished"

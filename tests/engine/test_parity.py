@@ -8,6 +8,7 @@ import torch
 
 from cpt_mega.hf.convert import import_hf
 from tests.helpers.models import MODELS, tiny_llama
+from tests.helpers.workers import JobFailed
 
 LAYOUTS = {
     "tp1": (1, []),
@@ -161,3 +162,13 @@ def test_the_host_leaves_transformers_alone(model, workers):
     hf, _, reference = model("llama")
     (logits,) = workers(1).run("transformers_logits", folder=str(hf), ids=ROWS[1]["ids"])
     assert torch.allclose(torch.tensor(logits).log_softmax(-1), reference[1][0], atol=1e-5)
+
+
+def test_a_document_beyond_the_models_positions_is_refused(model, workers, tmp_path):
+    """Rope types that change with length would be wrong there, and said nothing."""
+    _, checkpoint, _ = model("llama_dynamic_rope")
+    with pytest.raises(JobFailed, match="rows.jsonl:1 doc_lengths = 129: the model has 128 positions"):
+        _scores(workers, tmp_path, "tp1", checkpoint, [{"id": 1, "ids": [1] * 129}])
+    assert (
+        len(_scores(workers, tmp_path, "tp1", checkpoint, [{"id": 1, "ids": [1] * 129, "doc_lengths": [128, 1]}])) == 1
+    )

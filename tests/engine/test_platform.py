@@ -26,7 +26,7 @@ BATCH = ["train.seq_length=128", "train.global_batch_size=8"]
         (2, ["parallel.tp=2", "parallel.sp=true"], {}),
         (4, ["parallel.pp=2", "parallel.vpp=3", "parallel.cp=2"], {}),
         (4, ["parallel.tp=4"], {"heads": 8}),
-        (1, ["core.decoupled_lr=1e-5", "core.recompute_modules=[core_attn, mlp]", "core.exp_avg_dtype=bf16"], {}),
+        (1, ["core.decoupled_lr=1e-5", "core.recompute_modules=[core_attn, mlp]"], {}),
     ],
 )
 def test_layouts_that_fit(workers, world, overrides, fields):
@@ -47,7 +47,6 @@ def test_layouts_that_fit(workers, world, overrides, fields):
         (2, ["parallel.tp=2"], {"ffn_hidden_size": 81}, "ffn_hidden_size 81"),
         (2, ["parallel.ep=2"], {}, "parallel.ep = 2: the llama family has no experts"),
         (2, ["train.global_batch_size=7"], {}, "train.global_batch_size = 7: must be a multiple"),
-        (2, ["parallel.tp=2", "parallel.sp=true", "train.seq_length=127"], {}, "train.seq_length = 127"),
         (1, ["precision=fp8-delayed"], {}, "precision = 'fp8-delayed': needs an NVIDIA GPU with FP8; use bf16"),
         (
             1,
@@ -55,13 +54,14 @@ def test_layouts_that_fit(workers, world, overrides, fields):
             {},
             "core.tensor_model_parallel_size = 2: is decided by parallel.tp",
         ),
-        (1, ["core.calculate_per_token_loss=false"], {}, "cannot be changed here: the loss is a mean"),
+        (1, ["core.calculate_per_token_loss=false"], {}, "is not among core's switches that pass through: align_param"),
+        (1, ["core.loss_scale=2.0"], {}, "is not among core's switches"),
+        (1, ["core.recompute_granularity=full"], {}, "is decided by train.recompute"),
         (1, ["core.overlap_grad_reduc=true"], {}, "did you mean 'overlap_grad_reduce'?"),
-        (1, ["core.nothing_like_it=true"], {}, "is no field of core's configurations"),
         (1, ["core.decoupled_lr=fast"], {}, "core.decoupled_lr = 'fast': input should be a valid number"),
-        (1, ["core.exp_avg_dtype=int4"], {}, "core.exp_avg_dtype = 'int4': must be one of fp32, bf16"),
-        (1, ["core.grad_scale_func=f"], {}, "is a function, which no configuration file can hold"),
+        (1, ["core.exp_avg_dtype=bf16"], {}, "is of kernels that only a GPU has"),
         (1, ["core.recompute_modules=[1]"], {}, "core.recompute_modules"),
+        (2, ["parallel.pp=2", "core.num_layers_in_first_pipeline_stage=12"], {}, "must leave a layer to each other"),
         (1, ["train.seq_length=129"], {}, "the model has 128 positions"),
     ],
 )

@@ -188,8 +188,9 @@ def test_bf16_trains_near_fp32_with_fp32_master_weights(llama, layout):
 
 
 @pytest.mark.parametrize("recompute", ["selective", "full"])
-def test_recomputing_activations_changes_no_bit(llama, recompute):
-    plain, again = llama.steps("tp2_sp"), llama.steps("tp2_sp", f"train.recompute={recompute}")
+@pytest.mark.parametrize("layout", ["tp2_sp", "pp2_vpp2", "cp2"])
+def test_recomputing_activations_changes_no_bit(llama, recompute, layout):
+    plain, again = llama.steps(layout), llama.steps(layout, f"train.recompute={recompute}")
     assert [(x["loss"], x["grad_norm"]) for x in again] == [(x["loss"], x["grad_norm"]) for x in plain]
 
 
@@ -255,9 +256,18 @@ def test_stages_may_have_different_numbers_of_layers(llama):
 
 def test_what_core_itself_refuses_is_an_error_of_the_option(llama, workers):
     with pytest.raises(JobFailed) as failure:
-        words = [f"run.dir={llama.folder}/refused", "core.fp8_param=true"]
+        words = [f"run.dir={llama.folder}/refused", "train.recompute=selective", "core.recompute_modules=[nothing]"]
         workers(1).run("train", config=llama.config, overrides=words)
-    assert failure.value.kind == "InputError" and "core" in str(failure.value)
+    assert failure.value.kind == "InputError" and "core refuses it" in str(failure.value)
+
+
+def test_rows_of_a_length_that_tensor_parallelism_does_not_divide(llama):
+    """Sequence parallelism and context parallelism fill the row up; the numbers are those of one process."""
+    one = llama.steps("one", "train.seq_length=31")
+    for layout in ("tp2_sp", "cp2"):
+        assert [x["loss"] for x in llama.steps(layout, "train.seq_length=31")] == pytest.approx(
+            [x["loss"] for x in one], rel=1e-5
+        )
 
 
 def test_a_folder_of_a_newer_core_is_refused_with_the_reason(llama, workers, tmp_path):

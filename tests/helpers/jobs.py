@@ -10,6 +10,7 @@ import torch.distributed as dist
 from cpt_mega.config import load_config
 from cpt_mega.config.load import build_config
 from cpt_mega.config.schema import ParallelOptions
+from cpt_mega.data.stream import MixedStream
 from cpt_mega.engine.context import filled_lengths, gathered_order, rank_positions
 from cpt_mega.engine.fast_paths import environment
 from cpt_mega.engine.memory import explained
@@ -150,3 +151,19 @@ def load_folder(config: str, folder: str) -> None:
         load_weights(Engine(options, shape, mesh), Path(folder))
     finally:
         stop_mesh()
+
+
+def train_with_a_reader_that_fails(config: str, overrides: list[str], rows: int) -> None:
+    """A run whose corpus can no longer be read after some rows of this process."""
+    read, left = MixedStream.read, iter(range(rows))
+
+    def failing(stream, ref):
+        if next(left, None) is None:
+            raise OSError("the disk is gone")
+        return read(stream, ref)
+
+    MixedStream.read = failing
+    try:
+        run_session(load_config(config, overrides), "the same command")
+    finally:
+        MixedStream.read = read

@@ -16,8 +16,9 @@ from pathlib import Path
 from threading import Timer
 
 ROOT = Path(__file__).resolve().parent.parent.parent
-# Each job leaves about fifty threads of gloo behind, though its groups are destroyed; by the thousand they stop a machine.
-MOST_JOBS = 12
+# Each job leaves threads of gloo behind, though its groups are destroyed, about ten a group; by the thousand they stop a
+# machine.
+MOST_THREADS = 250
 
 
 class JobFailed(AssertionError):
@@ -34,15 +35,14 @@ class Workers:
     def __init__(self, world: int, log_folder: Path):
         self.world, self.log_folder = world, log_folder
         self._processes: list[subprocess.Popen] = []
-        self._jobs = 0
+        self._threads = 0
 
     def run(self, job: str, timeout_s: float = 120.0, **arguments) -> list:
         """Runs ``tests.helpers.jobs.<job>(**arguments)`` on every rank; returns the results in rank order."""
-        if self._jobs >= MOST_JOBS:
+        if self._threads > MOST_THREADS:
             self._kill()
         if not self._processes:
             self._start()
-        self._jobs += 1
         line = json.dumps({"job": job, "arguments": arguments, "port": _free_port()}) + "\n"
         timer = Timer(timeout_s, self._kill)
         timer.start()
@@ -61,6 +61,7 @@ class Workers:
 
     def _results(self, job: str, answers: list[str]) -> list:
         replies = [json.loads(answer) if answer else None for answer in answers]
+        self._threads = max((reply["threads"] for reply in replies if reply is not None), default=0)
         failed = [reply for reply in replies if reply is not None and "error" in reply]
         if len(failed) < len(replies) and (failed or None in replies):
             self._kill()  # some ranks failed and others did not: they may wait for each other
@@ -94,7 +95,7 @@ class Workers:
             )
 
     def _kill(self) -> None:
-        processes, self._processes, self._jobs = self._processes, [], 0
+        processes, self._processes, self._threads = self._processes, [], 0
         for process in processes:  # the whole session: a checkpoint writer's helpers outlive it otherwise
             try:
                 os.killpg(process.pid, signal.SIGKILL)
@@ -125,6 +126,7 @@ def _serve() -> None:
         except Exception as error:
             traceback.print_exc()
             answer = {"kind": type(error).__name__, "error": f"{error}\n{traceback.format_exc()}"}
+        answer["threads"] = len(os.listdir("/proc/self/task"))
         answers.write(json.dumps(answer) + "\n")
 
 

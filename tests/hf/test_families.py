@@ -38,6 +38,8 @@ def test_what_a_config_leaves_out_is_what_transformers_takes(family):
     shape = read_shape(config)
     head_dim = getattr(theirs, "head_dim", None) or theirs.hidden_size // theirs.num_attention_heads
     assert (shape.kv_heads, shape.head_dim) == (theirs.num_key_value_heads, head_dim)
+    without_eps = read_shape({key: value for key, value in config.items() if key != "rms_norm_eps"})
+    assert without_eps.norm_eps == type(theirs)().rms_norm_eps
     assert (shape.tied_embeddings, shape.sliding_window) == (theirs.tie_word_embeddings, _window(theirs))
     assert (shape.rope.theta, shape.rope.type) == (theirs.rope_parameters["rope_theta"], "default")
     assert ModelShape.from_json(shape.to_json()) == shape
@@ -67,6 +69,10 @@ def test_a_model_file_from_before_a_switch_existed_is_read():
         ({"rope_scaling": {"rope_type": "yarn", **YARN}}, RopeShape(1e4, "yarn", YARN)),
         ({"rope_scaling": {"type": "dynamic", "factor": 2.0}}, RopeShape(1e4, "dynamic", {"factor": 2.0})),
         ({"model_type": "phi3", "partial_rotary_factor": 0.5}, RopeShape(1e4, partial=0.5)),
+        (
+            {"model_type": "phi3", "rope_scaling": {"type": "default", "partial_rotary_factor": 0.5}},
+            RopeShape(1e4, partial=0.5),
+        ),
     ],
 )
 def test_rope_in_either_spelling(fields, expected):
@@ -101,6 +107,9 @@ def test_rope_in_either_spelling(fields, expected):
         ({"rope_scaling": {"rope_type": "longrope", "factor": 2.0}}, "rope_type.*'longrope'"),
         ({"rope_scaling": {"rope_type": "yarn", "low": 1.0}}, "factor.*low"),
         ({"rope_scaling": {"rope_type": ["yarn"]}}, "rope_type"),
+        ({"rope_scaling": {"rope_type": "linear", "factor": True}}, "positive"),
+        ({"rope_scaling": {"rope_type": "yarn", "factor": 2.0, "truncate": 1}}, "truncate = 1"),
+        ({"model_type": "phi3", "rope_scaling": {"type": "linear", "factor": 2.0}}, "only default exist"),
         ({"rope_scaling": "yarn"}, "rope_scaling = 'yarn'"),
         ({"rope_scaling": {"rope_type": "linear"}}, "factor"),
         ({"rope_scaling": {"rope_type": "linear", "factor": 2.0, "beta": 1}}, "beta"),
@@ -161,3 +170,23 @@ def test_a_wrong_table_is_refused():
         TensorMap([StackedLayers("a", 2, {"x": (4,)}), Direct("b", "x", (4,))])
     with pytest.raises(ValueError, match="rows 0 to 4 used twice"):
         TensorMap([StackedLayers("a", 2, {"x": (4,)})])
+
+
+def test_a_published_phi3_config_is_read():
+    """As it lies in its repository: with the names of Python files that an old transformers would have run."""
+    config = CONFIG | {
+        "model_type": "phi3",
+        "architectures": ["Phi3ForCausalLM"],
+        "auto_map": {
+            "AutoConfig": "configuration_phi3.Phi3Config",
+            "AutoModelForCausalLM": "modeling_phi3.Phi3ForCausalLM",
+        },
+        "attention_bias": False,
+        "embd_pdrop": 0.0,
+        "resid_pdrop": 0.0,
+        "original_max_position_embeddings": 4096,
+        "rope_scaling": None,
+        "rope_theta": 10000.0,
+        "sliding_window": 2047,
+    }
+    assert read_shape(config).sliding_window == 2047

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from tests.helpers.jobsite import checkpoint_tensors, metrics, status
+from tests.helpers.workers import JobFailed
 
 LAYOUTS = {
     "one": (1, []),
@@ -129,3 +130,42 @@ def test_save_makes_a_checkpoint_and_goes_on(workers, jobsite, tmp_path):
     assert _run(workers, jobsite, run, 1, []) == "finished"
     assert not (run / "SAVE").exists()
     assert sorted(path.name for path in (run / "checkpoints").glob("iter_*"))[0] == "iter_0000001"
+
+
+@pytest.mark.versions
+@pytest.mark.parametrize(
+    "change", ["optimizer.lr=2e-3", "optimizer.min_lr=1e-5", "optimizer.weight_decay=0.2", "core.decoupled_lr=1e-3"]
+)
+@pytest.mark.parametrize("layout", ["one", "dp2_bf16"])
+def test_an_accepted_change_of_rates_goes_on(workers, jobsite, tmp_path, change, layout):
+    """Core knows its parameter groups by their rates: the stored ones must be found all the same."""
+    world, overrides = LAYOUTS[layout]
+    run = tmp_path / "run"
+    run.mkdir()
+    (run / "STOP").touch()
+    assert _run(workers, jobsite, run, world, overrides) == "preempted"
+    words = [*overrides, change, f"restore.accept=[{change.partition('=')[0]}]"]
+    assert _run(workers, jobsite, run, world, words) == "finished"
+    assert [line["step"] for line in metrics(run, "train")] == list(range(1, status(run)["step"] + 1))
+
+
+def test_a_reader_that_fails_loses_no_report(workers, jobsite, tmp_path):
+    """The fault comes when a later batch is read ahead; the steps that were made are all reported, once."""
+    run = tmp_path / "run"
+    with pytest.raises(JobFailed) as failure:
+        words = [f"run.dir={run}", "train.replica_check_steps=null"]
+        workers(2).run("train_with_a_reader_that_fails", config=jobsite.config, overrides=words, rows=10)
+    assert "the disk is gone" in str(failure.value)
+    assert [line["step"] for line in metrics(run, "train")] == [1, 2]
+    assert not list((run / "checkpoints").glob("iter_*"))
+
+
+def test_a_loss_that_is_not_finite_is_a_fault_that_saves_nothing(workers, jobsite, tmp_path):
+    run = tmp_path / "run"
+    with pytest.raises(JobFailed) as failure:
+        words = [f"run.dir={run}", "optimizer.lr=1e30", "schedule.warmup_tokens=0", "checkpoint.interval_tokens=1"]
+        workers(1).run("train", config=jobsite.config, overrides=words)
+    assert failure.value.kind == "FaultError", str(failure.value)
+    assert "nothing was saved after the last checkpoint" in str(failure.value)
+    steps = [line["step"] for line in metrics(run, "train")]
+    assert sorted(path.name for path in (run / "checkpoints").glob("iter_*")) == [f"iter_{n:07d}" for n in steps]

@@ -4,6 +4,7 @@ Source: ``transformers/models/llama``.
 """
 
 from cpt_mega.hf.config_reader import ConfigReader
+from cpt_mega.hf.rope import RopeShape
 from cpt_mega.hf.shape import ModelShape
 from cpt_mega.hf.tensor_map import Direct, PaddedVocab, QkvGroups, Rule, StackedLayers
 
@@ -24,7 +25,8 @@ def read_decoder(
     family: str,
     kv_heads: int | None = None,
     head_dim: int | None = None,
-    partial_rope: bool = False,
+    norm_eps: float = 1e-6,
+    rope: RopeShape | None = None,
     **switches: object,
 ) -> ModelShape:
     """The fields that Llama shares with later families.
@@ -32,7 +34,8 @@ def read_decoder(
     Args:
         kv_heads: what transformers takes when the config does not say; None: the config must.
         head_dim: likewise; None: hidden_size / heads.
-        partial_rope: whether the family can turn a part of each head.
+        norm_eps: likewise.
+        rope: where the family reads its own.
         switches: fields of ModelShape that only this family sets.
     """
     reader.only("is_encoder_decoder", False)
@@ -49,8 +52,8 @@ def read_decoder(
         head_dim=reader.size("head_dim", head_dim or hidden_size // heads),
         vocab_size=reader.size("vocab_size"),
         max_positions=reader.size("max_position_embeddings"),
-        norm_eps=reader.number("rms_norm_eps", 1e-6),
-        rope=reader.rope(partial_rope),
+        norm_eps=reader.number("rms_norm_eps", norm_eps),
+        rope=rope or reader.rope(),
         tied_embeddings=reader.flag("tie_word_embeddings", False),
         **switches,
     )

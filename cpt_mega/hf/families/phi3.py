@@ -16,8 +16,9 @@ def read_shape(reader: ConfigReader) -> ModelShape:
     reader.only("attention_bias", False)
     reader.unused("original_max_position_embeddings")  # of longrope alone
     heads = reader.size("num_attention_heads")
+    rope = reader.rope(partial=True, types=("default",))
     window = reader.window(None)
-    return llama.read_decoder(reader, "phi3", kv_heads=heads, partial_rope=True, sliding_window=window)
+    return llama.read_decoder(reader, "phi3", kv_heads=heads, norm_eps=1e-5, rope=rope, sliding_window=window)
 
 
 def tensor_rules(shape: ModelShape) -> list[Rule]:
