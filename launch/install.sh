@@ -10,13 +10,14 @@ venv=${VENV:-$root/.venv}
 
 find_python() {
   local name
-  for name in ${PYTHON:-} python3 python3.11 python3.12; do
+  for name in ${PYTHON:-python3 python3.11 python3.12}; do
     if "$name" -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 12))' 2>/dev/null; then
       command -v "$name"
       return
     fi
   done
-  echo "error: python3 = $(python3 --version 2>&1): cpt_mega needs Python 3.11 or 3.12; install one, or set PYTHON" >&2
+  name=${PYTHON:-python3}
+  echo "error: $name = $("$name" --version 2>&1): cpt_mega needs Python 3.11 or 3.12; install one, or set PYTHON" >&2
   exit 2
 }
 

@@ -74,5 +74,6 @@ def _advice(config: Config) -> str:
         words.append("train.distributed_optimizer=true")
     if config.parallel.tp > 1 and not config.parallel.sp:
         words.append("parallel.sp=true")
-    words.append("more parallel.tp, pp or cp")
+    if train.recompute == "full":
+        words.append("more parallel.tp, pp or cp")
     return f"Set {'; or '.join(words)}"

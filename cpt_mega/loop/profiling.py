@@ -22,7 +22,7 @@ class Profiling(NullCallback):
         self.is_chosen = options.start is not None and rank in options.ranks
         self.first = options.start
         self.last = None if options.start is None else options.end or options.start + 2
-        self.name = f"rank{rank}_steps{self.first}-{self.last}"
+        self.rank = rank
         self._profiler: torch.profiler.profile | None = None
 
     def on_start(self, trainer: Trainer) -> None:
@@ -31,12 +31,12 @@ class Profiling(NullCallback):
     def on_boundary(self, trainer: Trainer, tokens: int) -> None:
         if self._profiler is not None and trainer.state.step >= self.last:
             trainer.settle()  # the trace ends with what the device did for its last step
-            self._finish()
+            self._finish(trainer.state.step)
         self._begin_before(trainer.state.step + 1)
 
     def on_end(self, trainer: Trainer) -> None:
-        if self._profiler is not None:
-            self._finish()
+        if self._profiler is not None:  # the run ended before the last step that was asked for
+            self._finish(trainer.state.step)
 
     def _begin_before(self, step: int) -> None:
         if not self.is_chosen or step != self.first:
@@ -46,12 +46,13 @@ class Profiling(NullCallback):
         self._profiler = torch.profiler.profile(record_shapes=True, profile_memory=self.options.memory)
         self._profiler.start()
 
-    def _finish(self) -> None:
+    def _finish(self, step: int) -> None:
         profiler, self._profiler = self._profiler, None
         profiler.stop()
         self.folder.mkdir(parents=True, exist_ok=True)
-        profiler.export_chrome_trace(str(self.folder / f"{self.name}.json"))
+        target = self.folder / f"rank{self.rank}_steps{self.first}-{step}"
+        profiler.export_chrome_trace(f"{target}.json")
         if self.options.memory:
-            torch.cuda.memory._dump_snapshot(str(self.folder / f"{self.name}.memory.pickle"))
+            torch.cuda.memory._dump_snapshot(f"{target}.memory.pickle")
             torch.cuda.memory._record_memory_history(enabled=None)
-        self.console.print(f" profiled steps {self.first} to {self.last}: {self.folder / self.name}.json", style="dim")
+        self.console.print(f" profiled steps {self.first} to {step}: {target}.json", style="dim")

@@ -17,6 +17,7 @@ from rich.progress import Progress
 from cpt_mega.checkpoint.store import STATE_FILE, checkpoint_problem, read_state
 from cpt_mega.config import Config
 from cpt_mega.config.load import build_config
+from cpt_mega.engine.fast_paths import apply_environment
 from cpt_mega.engine.mesh import Mesh, start_mesh, stop_mesh, world_size
 from cpt_mega.engine.platform import check_layout
 from cpt_mega.engine.score import RowScores, score_rows
@@ -51,6 +52,7 @@ def score_file(checkpoint: str, source: str, target: str, overrides: Sequence[st
     """
     with ExitStack() as stack:
         config = _scoring_config(overrides)
+        apply_environment(config.parallel, config.train.deterministic)
         mesh = start_mesh(config.parallel, config.train.seed)
         stack.callback(stop_mesh)
         folder = Path(checkpoint)

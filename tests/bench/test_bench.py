@@ -1,0 +1,112 @@
+"""The benchmarks' own arithmetic and promises; what they measure is in tools/bench/RESULTS.md."""
+
+import ast
+import importlib
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+BENCH = Path(__file__).resolve().parents[2] / "tools" / "bench"
+ALLOWED = ("torch", "megatron.core", "cpt_mega.engine.host", "cpt_mega.engine.backend", "cpt_mega.engine.layers")
+
+
+@pytest.fixture
+def load(monkeypatch):
+    """Imports a script as the scripts beside it do."""
+    monkeypatch.syspath_prepend(str(BENCH / "gpu"))
+    monkeypatch.syspath_prepend(str(BENCH))
+    return importlib.import_module
+
+
+def test_the_bare_loop_is_bare():
+    text = (BENCH / "bare_core.py").read_text()
+    assert len(text.splitlines()) < 120
+    for node in ast.walk(ast.parse(text)):
+        names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+        if isinstance(node, ast.ImportFrom):
+            assert node.level == 0
+            names = [node.module]
+        for name in names:
+            allowed = name.split(".")[0] in sys.stdlib_module_names or any(
+                name == room or name.startswith(f"{room}.") for room in ALLOWED
+            )
+            assert allowed, name
+
+
+def test_ratios_are_of_speed_and_within_a_round(load):
+    bench = load("step_overhead")
+    # the machine is twice as slow in the second round, for both; one step of the first is an outlier
+    rounds = [
+        {bench.TRAINER_1.title: [400.0, 500.0, 9000.0], bench.BARE_1.title: [400.0, 400.0, 500.0]},
+        {bench.TRAINER_1.title: [800.0], bench.BARE_1.title: [800.0]},
+    ]
+    speeds, ratios = bench.summarise(rounds)
+    assert speeds == {
+        bench.TRAINER_1.title: bench.Spread(650.0, 500.0, 800.0),
+        bench.BARE_1.title: bench.Spread(600.0, 400.0, 800.0),
+    }
+    assert ratios == {(bench.TRAINER_1.title, bench.BARE_1.title): bench.Spread(pytest.approx(0.9), 0.8, 1.0)}
+
+
+def test_first_losses_are_held_against_the_trainers(load):
+    bench = load("step_overhead")
+    reports = {
+        bench.TRAINER_1.title: {"first_loss": 8.0},
+        bench.BARE_1.title: {"first_loss": 7.5},
+        bench.TRANSFORMERS.title: {"first_loss": None},
+    }
+    assert bench.loss_differences(reports) == {bench.BARE_1.title: 0.5}
+
+
+def test_model_flops_by_hand(load):
+    mfu = load("mfu")
+    sizes = mfu.Sizes(layers=2, hidden=8, ffn=16, heads=2, kv_heads=1, head_dim=4, vocab=10)
+    # a layer: query and output 8 x 8, key and value 8 x 4, three matrices of 8 x 16
+    assert sizes.layer_weights == 2 * (64 + 64 + 32 + 32 + 3 * 128)
+    # 6 x 1152, the output layer 6 x 8 x 10, scores 6 x 2 layers x 8 x attended
+    assert mfu.flops_per_token(sizes, [4]) == 6912 + 480 + 384
+    assert mfu.flops_per_token(sizes, [1, 3]) == 6912 + 480 + 240  # attended: (1 + 9) / 4
+    assert mfu.mfu(sizes, [4], 989e12 / 7776 / 2, "bf16") == pytest.approx(0.5)
+    assert mfu.mfu(sizes, [4], 1979e12 / 7776 / 4, "fp8-tensorwise") == pytest.approx(0.25)
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        [sys.executable, "step_overhead.py"],
+        [sys.executable, "contenders.py"],
+        [sys.executable, "gpu/report.py"],
+        [sys.executable, "gpu/section.py"],
+        ["bash", "gpu/run.sh"],
+    ],
+    ids=lambda words: words[1],
+)
+def test_help(words):
+    done = subprocess.run([words[0], str(BENCH / words[1]), "--help"], capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0, done.stderr
+    assert "usage:" in done.stdout
+
+
+def test_a_section_that_breaks_is_in_the_report(load, tmp_path):
+    report = load("report")
+    failing = {"title": "T", "columns": ["a|b"], "rows": [["x"]], "failed": ["too far"], "notes": ["one\ntwo"]}
+    sections = {
+        "layers": {**failing, "state": "failed", "seconds": 1.0, "about": {"device": "D"}},
+        "packing": {"title": "P", "error": "Traceback: boom", "state": "failed", "seconds": 2.0},
+        "syncs": {"title": "S", "failed": [], "skipped": "needs CUDA", "state": "skipped", "seconds": 3.0},
+    }
+    report.write({"started": "now", "commit": "c", "smoke_cpu": True, "sections": sections}, tmp_path)
+    text = (tmp_path / "report.md").read_text()
+    for words in (
+        "device D",
+        "a\\|b",
+        "**failed**: too far",
+        "Traceback: boom",
+        "needs CUDA",
+        "Smoke test",
+        "one\ntwo",
+    ):
+        assert words in text
+    assert (tmp_path / "report.json").is_file()
