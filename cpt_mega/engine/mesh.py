@@ -7,6 +7,7 @@ from datetime import timedelta
 import torch
 import torch.distributed as dist
 from megatron.core import parallel_state
+from megatron.core.models.common.embeddings.rotary_pos_embedding import RotaryEmbedding
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.tensor_parallel import model_parallel_cuda_manual_seed
 from torch.distributed import distributed_c10d
@@ -158,7 +159,8 @@ def start_groups(parallel: ParallelOptions, timeout_s: float = 600.0) -> None:
 
 
 def stop_mesh() -> None:
-    """Takes all groups down, torch's and core's. gloo's threads stay until the process ends (torch 2.13)."""
+    """Takes all groups down, torch's and core's; their threads end when nothing refers to the mesh and its engines."""
+    RotaryEmbedding.forward.cache_clear()  # a cache on a method: it holds the module, and that its process group
     parallel_state.destroy_model_parallel()
     dist.destroy_process_group()
 

@@ -29,9 +29,9 @@ def build_optimizer(chunks: list[DistributedDataParallel], config: Config) -> Me
         "overlap_param_gather": chunks[0].ddp_config.overlap_param_gather,
     }
     settings = OptimizerConfig(**{**fields, **core_fields(config.core, OptimizerConfig)})
-    optimizer = get_megatron_optimizer(settings, chunks, use_gloo_process_groups=False)
-    core.grad_scale_func = optimizer.scale_loss
-    return optimizer
+    # Core's ``grad_scale_func`` stays unset: bf16 and fp32 have no loss scale, and the function would tie the model to the
+    # optimizer in a ring that Python's collector does not see: neither they nor their process groups would ever be freed.
+    return get_megatron_optimizer(settings, chunks, use_gloo_process_groups=False)
 
 
 def set_learning_rate(optimizer: MegatronOptimizer, config: Config, rate: Callable[[float, float], float]) -> float:

@@ -4,6 +4,7 @@ A job is a function of ``tests.helpers.jobs`` with JSON arguments; every rank ru
 returned, or raises what any of them raised. A group that fails or hangs is killed, whole, and started again.
 """
 
+import gc
 import importlib
 import json
 import os
@@ -16,9 +17,9 @@ from pathlib import Path
 from threading import Timer
 
 ROOT = Path(__file__).resolve().parent.parent.parent
-# Each job leaves threads of gloo behind, though its groups are destroyed, about ten a group; by the thousand they stop a
-# machine.
-MOST_THREADS = 250
+# A process has about ten threads once its job is over. Each of gloo's wakes a hundred times a second: what a job would leave
+# behind slows down all that come after it.
+MOST_THREADS = 30
 
 
 class JobFailed(AssertionError):
@@ -35,12 +36,9 @@ class Workers:
     def __init__(self, world: int, log_folder: Path):
         self.world, self.log_folder = world, log_folder
         self._processes: list[subprocess.Popen] = []
-        self._threads = 0
 
     def run(self, job: str, timeout_s: float = 120.0, **arguments) -> list:
         """Runs ``tests.helpers.jobs.<job>(**arguments)`` on every rank; returns the results in rank order."""
-        if self._threads > MOST_THREADS:
-            self._kill()
         if not self._processes:
             self._start()
         line = json.dumps({"job": job, "arguments": arguments, "port": _free_port()}) + "\n"
@@ -61,7 +59,6 @@ class Workers:
 
     def _results(self, job: str, answers: list[str]) -> list:
         replies = [json.loads(answer) if answer else None for answer in answers]
-        self._threads = max((reply["threads"] for reply in replies if reply is not None), default=0)
         failed = [reply for reply in replies if reply is not None and "error" in reply]
         if len(failed) < len(replies) and (failed or None in replies):
             self._kill()  # some ranks failed and others did not: they may wait for each other
@@ -69,6 +66,10 @@ class Workers:
             raise JobFailed(failed[0]["kind"], f"{job}: {failed[0]['error']}")
         if None in replies:
             raise JobFailed("Timeout", f"{job}: a process ended or took too long; see {self.log_folder}")
+        most = max(reply["threads"] for reply in replies)
+        if most > MOST_THREADS:
+            self._kill()
+            raise JobFailed("Leak", f"{job}: {most} threads are left; its process groups are still referred to")
         return [reply["result"] for reply in replies]
 
     def _start(self) -> None:
@@ -95,7 +96,7 @@ class Workers:
             )
 
     def _kill(self) -> None:
-        processes, self._processes, self._threads = self._processes, [], 0
+        processes, self._processes = self._processes, []
         for process in processes:  # the whole session: a checkpoint writer's helpers outlive it otherwise
             try:
                 os.killpg(process.pid, signal.SIGKILL)
@@ -126,6 +127,7 @@ def _serve() -> None:
         except Exception as error:
             traceback.print_exc()
             answer = {"kind": type(error).__name__, "error": f"{error}\n{traceback.format_exc()}"}
+        gc.collect()  # engines are rings of references, and hold the job's process groups
         answer["threads"] = len(os.listdir("/proc/self/task"))
         answers.write(json.dumps(answer) + "\n")
 
