@@ -87,7 +87,7 @@ def _pairs():
 
 def _marks(name: str, layout: str) -> list:
     marks = [] if layout in QUICK[name] else [pytest.mark.full]
-    return marks + [pytest.mark.versions] if layout in ("tp1", "tp2_sp") or name == "llama" else marks
+    return marks + [pytest.mark.versions] if layout == "tp2_sp" or name == "llama" else marks
 
 
 @pytest.mark.parametrize(("name", "layout"), list(_pairs()))

@@ -34,10 +34,18 @@ LAYOUTS = {
     "cp4": (4, ["parallel.cp=4"]),
     "cp2_dp2": (4, ["parallel.cp=2", "train.micro_batch_size=1"]),
 }
-# Four processes on two cores are slow: these with the first model, all of them with both in the long matrix.
-QUICK_AT_FOUR = ("tp2_sp_pp2", "tp2_sp_pp2_vpp2", "tp2_sp_cp2", "pp2_cp2")
-# Where these models have something of their own: norms whose gradients tensor-parallel ranks share, windows over parts.
-OF_FAMILIES = {"qwen3": ("tp2", "tp2_sp", "pp2_vpp2"), "mistral": ("one", "cp2")}
+# The rest is the long matrix: four processes on two cores are slow.
+QUICK = {
+    "llama": tuple(name for name, (world, _) in LAYOUTS.items() if world < 4)
+    + ("tp2_sp_pp2", "tp2_sp_pp2_vpp2", "tp2_sp_cp2", "pp2_cp2"),
+    # Where these have something of their own: biases and an embedding that stages share, norms whose gradients
+    # tensor-parallel ranks share, windows over parts of a row.
+    "qwen2_tied": ("one", "dp2_replicated_optimizer", "tp2_sp", "pp2"),
+    "qwen3": ("tp2", "tp2_sp", "pp2_vpp2"),
+    "mistral": ("one", "cp2"),
+}
+LONG = {"llama": tuple(LAYOUTS), "qwen2_tied": tuple(LAYOUTS)}
+UNDER_EVERY_CORE = ("one", "dp2", "dp2_replicated_optimizer", "tp2_sp", "pp2_vpp2", "cp2", "tp2_sp_pp2_vpp2")
 STEPS = 3
 
 
@@ -104,13 +112,11 @@ def qwen2_tied(tmp_path_factory, workers):
 
 
 def _enumerated():
-    for model, layouts in OF_FAMILIES.items():
-        for layout in layouts:
-            yield pytest.param(model, layout)
-    for model in ("llama", "qwen2_tied"):
-        for layout, (world, _) in LAYOUTS.items():
-            is_long = world == 4 and (model != "llama" or layout not in QUICK_AT_FOUR)
-            marks = pytest.mark.full if is_long else pytest.mark.versions if model == "llama" else ()
+    for model, quick in QUICK.items():
+        for layout in LONG.get(model, quick):
+            marks = [] if layout in quick else [pytest.mark.full]
+            if model == "llama" and layout in UNDER_EVERY_CORE:
+                marks.append(pytest.mark.versions)
             yield pytest.param(model, layout, marks=marks)
 
 

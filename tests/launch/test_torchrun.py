@@ -68,7 +68,10 @@ def test_a_gate_stop_ends_with_80(jobsite, tmp_path):
     assert "general perplexity" in out and "exit code 80" in err and "Traceback" not in err
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT], ids=["SIGTERM", "SIGINT"])
+@pytest.mark.parametrize(
+    "number",
+    [pytest.param(signal.SIGTERM, id="SIGTERM"), pytest.param(signal.SIGINT, marks=pytest.mark.full, id="SIGINT")],
+)
 def test_a_signal_ends_with_75_and_the_same_command_goes_on(jobsite, tmp_path, number):
     """SIGTERM reaches the launcher alone; Ctrl-C reaches every process of the terminal's group."""
     run = tmp_path / "run"

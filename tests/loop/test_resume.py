@@ -47,12 +47,16 @@ def _interrupted(workers, jobsite, run, world, overrides) -> None:
 
 
 # Under every megatron-core: saving and loading is where its versions differ most.
-VERSIONS = ("one", "tp2_sp_bf16", "pp2_vpp2")
+VERSIONS = ("one_bf16", "tp2_sp_bf16", "pp2_vpp2")
+# What the quick ones, which have more switched on, have in them as well.
+LONG = ("one", "one_dropout", "dp2", "tp2_sp", "pp2", "dp2_bf16_replicated_optimizer")
 
 
-@pytest.mark.parametrize(
-    "layout", [pytest.param(name, marks=pytest.mark.versions if name in VERSIONS else ()) for name in LAYOUTS]
-)
+def _marks(layout: str) -> list:
+    return [getattr(pytest.mark, word) for word, names in (("versions", VERSIONS), ("full", LONG)) if layout in names]
+
+
+@pytest.mark.parametrize("layout", [pytest.param(name, marks=_marks(name)) for name in LAYOUTS])
 def test_a_stopped_run_goes_on_bit_for_bit(workers, jobsite, tmp_path, layout):
     world, overrides = LAYOUTS[layout]
     assert _run(workers, jobsite, tmp_path / "through", world, overrides) == "finished"
@@ -136,7 +140,7 @@ def test_save_makes_a_checkpoint_and_goes_on(workers, jobsite, tmp_path):
 @pytest.mark.parametrize(
     "change", ["optimizer.lr=2e-3", "optimizer.min_lr=1e-5", "optimizer.weight_decay=0.2", "core.decoupled_lr=1e-3"]
 )
-@pytest.mark.parametrize("layout", ["one", "dp2_bf16"])
+@pytest.mark.parametrize("layout", [pytest.param("one", marks=pytest.mark.full), "dp2_bf16"])
 def test_an_accepted_change_of_rates_goes_on(workers, jobsite, tmp_path, change, layout):
     """Core knows its parameter groups by their rates: the stored ones must be found all the same."""
     world, overrides = LAYOUTS[layout]
