@@ -40,7 +40,7 @@ def fast_fields(deterministic: bool) -> dict:
     """TransformerConfig's fields for kernels on this platform."""
     gpu = has_gpu()
     return {
-        "bias_activation_fusion": gpu,
+        "bias_activation_fusion": True,  # on the host the stand-in for core's fused SwiGLU
         "apply_rope_fusion": gpu,
         "masked_softmax_fusion": False,  # attention never goes through core's own softmax
         "cross_entropy_loss_fusion": gpu and not deterministic,  # Megatron-LM refuses the two together
@@ -95,7 +95,7 @@ def fast_paths(config: Config, core, ddp) -> list[FastPath]:
 def _kernels(config: Config, core) -> list[FastPath]:
     if not has_gpu():
         what = "Transformer Engine's and fused kernels, FP8"
-        return [FastPath(what, False, "no GPU: torch's layers, SDPA a document at a time, foreach AdamW")]
+        return [FastPath(what, False, "no GPU: torch's layers, SDPA a document at a time")]
     fp8 = f"{core.fp8_recipe}, {core.fp8}" if is_fp8(config.precision) else f"precision is {config.precision}"
     return [
         FastPath("layers", True, f"Transformer Engine {_version('transformer_engine')}"),

@@ -57,6 +57,9 @@ def prepare() -> None:
     _stand_in_for_generators()
     _stand_in_for_tensors()
     _stand_in_for_adam()
+    _stand_in_for_clipping()
+    _stand_in_for_swiglu()
+    _spare_lone_processes()
 
 
 def _no_compile(model: Callable | None = None, **options):
@@ -168,6 +171,64 @@ def _stand_in_for_adam() -> None:
     distributed.Adam, distributed.HAVE_APEX_OR_TE, distributed.USING_TE_OPTIMIZER = HostAdam, True, True
 
 
+def _stand_in_for_clipping() -> None:
+    """Core's own makes a copy of every gradient to scale it."""
+    import megatron.core.optimizer.clip_grads as clip_grads
+
+    clip_grads.multi_tensor_scale_impl = _multi_tensor_scale
+
+
+def _multi_tensor_scale(chunk_size: int, noop_flag: torch.Tensor, tensor_lists: list, scale: float) -> None:
+    sources, targets = tensor_lists
+    if sources is targets:
+        torch._foreach_mul_(targets, scale)
+        return
+    for source, target in zip(sources, targets, strict=True):
+        torch.mul(source, scale, out=target)
+
+
+def _stand_in_for_swiglu() -> None:
+    """Core's own is written to be compiled: as it stands it computes the gate's sigmoid three times and joins two halves."""
+    import megatron.core.fusions.fused_bias_swiglu as fused
+
+    fused.swiglu, fused.swiglu_back = _swiglu, _swiglu_back
+
+
+def _swiglu(inputs: torch.Tensor) -> torch.Tensor:
+    """``silu(gate) * up`` of ``inputs`` [..., gate and up]."""
+    gate, up = inputs.chunk(2, dim=-1)
+    return torch.nn.functional.silu(gate).mul_(up)
+
+
+def _swiglu_back(grad: torch.Tensor, inputs: torch.Tensor) -> torch.Tensor:
+    """Its gradient to ``inputs``, bit for bit as autograd has it; each half is written where it belongs."""
+    gate, up = inputs.chunk(2, dim=-1)
+    result = torch.empty_like(inputs)
+    to_gate, to_up = result.chunk(2, dim=-1)
+    torch.ops.aten.silu.out(gate, out=to_up)
+    to_up.mul_(grad)
+    torch.ops.aten.silu_backward.grad_input(grad * up, gate, grad_input=to_gate)
+    return result
+
+
+def _spare_lone_processes() -> None:
+    import megatron.core.distributed.param_and_grad_buffer as buffers
+
+    buffers.dist_reduce_scatter_func = _unless_in_place(buffers.dist_reduce_scatter_func)
+    buffers.dist_all_gather_func = _unless_in_place(buffers.dist_all_gather_func)
+
+
+def _unless_in_place(collective: Callable) -> Callable:
+    """Leaves out a collective whose result is its input, as in a group of one: NCCL does nothing then, gloo copies it all."""
+
+    def run(output: torch.Tensor, tensor: torch.Tensor, *args, **kwargs):
+        if output.numel() == tensor.numel() and output.data_ptr() == tensor.data_ptr():
+            return None
+        return collective(output, tensor, *args, **kwargs)
+
+    return run
+
+
 class HostAdam(torch.optim.Optimizer):
     """AdamW under a fused Adam's contract: ``step`` in the group, state exactly ``exp_avg`` and ``exp_avg_sq``.
 
@@ -200,7 +261,7 @@ class HostAdam(torch.optim.Optimizer):
             [self.state[p]["exp_avg_sq"] for p in params],
             [],
             [torch.tensor(float(group["step"] - 1)) for _ in params],  # the functional form adds one itself
-            foreach=True,
+            fused=True,
             amsgrad=False,
             maximize=False,
             lr=group["lr"],

@@ -84,8 +84,10 @@ class HostAttention(torch.nn.Module):
             for x, sizes in ((query, mine), (key, lengths), (value, lengths))
         )
         with self._generator():
-            documents = [self._attend_document(*document) for document in zip(q, k, v, strict=True)]
-        return torch.cat(documents, dim=2).squeeze(0).transpose(0, 1).reshape(query.size(0), -1)
+            documents = [self._attend_document(*document).transpose(1, 2) for document in zip(q, k, v, strict=True)]
+        # SDPA's output lies in memory as [1, tokens, n, d]: joined that way it is copied once, one document not at all.
+        joined = documents[0] if len(documents) == 1 else torch.cat(documents, dim=1)
+        return joined.reshape(query.size(0), -1)
 
     def _gathered(self, part: Tensor, order: Tensor) -> Tensor:
         """[t, g, d] of each context-parallel rank to [cp * t, g, d] in document order; gradients are summed back."""

@@ -117,6 +117,36 @@ def memory_sentence(config: str, overrides: list[str]) -> str:
         stop_mesh()
 
 
+def swiglu_as_autograd_has_it() -> dict[str, bool]:
+    """Whether core's SwiGLU on the host gives the bits of the plain formula: output, gradient."""
+    from megatron.core.fusions.fused_bias_swiglu import bias_swiglu_impl
+
+    torch.manual_seed(1)
+    values, grad = torch.randn(7, 1, 22), torch.randn(7, 1, 11)
+    plain, fused = (values.clone().requires_grad_() for _ in range(2))
+    gate, up = plain.chunk(2, dim=-1)
+    expected, found = torch.nn.functional.silu(gate) * up, bias_swiglu_impl(fused, None)
+    expected.backward(grad)
+    found.backward(grad)
+    return {"output": torch.equal(expected, found), "gradient": torch.equal(plain.grad, fused.grad)}
+
+
+def adam_beside_torchs(steps: int) -> float:
+    """How far HostAdam gets from torch's AdamW in some steps, at most (absolute)."""
+    from cpt_mega.engine.host import HostAdam
+
+    torch.manual_seed(1)
+    start, options = torch.randn(50), {"lr": 1e-2, "weight_decay": 0.1, "betas": (0.9, 0.95), "eps": 1e-8}
+    ours, theirs = (torch.nn.Parameter(start.clone()) for _ in range(2))
+    pairs = [(ours, HostAdam([ours], **options)), (theirs, torch.optim.AdamW([theirs], **options))]
+    for _ in range(steps):
+        grad = torch.randn(50)
+        for parameter, optimizer in pairs:
+            parameter.grad = grad.clone()
+            optimizer.step()
+    return (ours - theirs).abs().max().item()
+
+
 def collector_states(interval: int) -> list[bool]:
     """Whether Python's garbage collector is on before, during and after a run's part."""
     states = [gc.isenabled()]

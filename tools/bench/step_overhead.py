@@ -127,6 +127,8 @@ def measure(options: argparse.Namespace, folder: Path) -> int:
             rounds.append({})
             for contender in contenders:
                 progress.update(task, description=f"round {number}: {contender.title}")
+                if not console.is_terminal:  # a bar shows nothing there
+                    console.print(f"round {number} of {options.rounds}: {contender.title}")
                 rounds[-1][contender.title] = run(command(contender, folder, options))
                 progress.advance(task)
     steps = [{title: report["step_ms"] for title, report in one.items()} for one in rounds]
