@@ -67,7 +67,7 @@ _NUMERIC = frozenset(
 # Only kernels of a GPU have them.
 _GPU_ONLY = frozenset(
     {
-        *("apply_rope_fusion", "gradient_accumulation_fusion"),
+        "gradient_accumulation_fusion",
         *("cross_entropy_loss_fusion", "cross_entropy_fusion_impl", "pad_buckets_for_high_nccl_busbw"),
         *("use_precision_aware_optimizer", "store_param_remainders", "main_grads_dtype", "main_params_dtype"),
         *("exp_avg_dtype", "exp_avg_sq_dtype", "first_last_layers_bf16"),

@@ -40,8 +40,8 @@ def fast_fields(deterministic: bool) -> dict:
     """TransformerConfig's fields for kernels on this platform."""
     gpu = has_gpu()
     return {
-        "bias_activation_fusion": True,  # on the host the stand-in for core's fused SwiGLU
-        "apply_rope_fusion": gpu,
+        "bias_activation_fusion": True,  # these two on the host as well, see host_kernels
+        "apply_rope_fusion": True,
         "masked_softmax_fusion": False,  # attention never goes through core's own softmax
         "cross_entropy_loss_fusion": gpu and not deterministic,  # Megatron-LM refuses the two together
         # Transformer Engine's is faster and asks the host a question each time (torch.equal), which stops the stream.

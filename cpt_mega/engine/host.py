@@ -1,9 +1,8 @@
 """What megatron-core needs to run without a GPU: the CPU meaning of the CUDA calls it makes.
 
 On a machine with CUDA ``prepare`` does nothing. Elsewhere streams and events are no-ops (host work is already in
-order), the CUDA generator is the CPU generator, and Adam is torch's own functional AdamW under the contract of a fused
-Adam (Transformer Engine, ``transformer_engine/pytorch/optimizers/fused_adam.py``), which core's distributed optimizer
-expects. Each stand-in is a separate function object: dynamo's tables are keyed by identity.
+order), the CUDA generator is the CPU generator, and kernels are those of ``host_kernels``. Each stand-in is a separate
+function object: dynamo's tables are keyed by identity.
 """
 
 import contextlib
@@ -13,8 +12,6 @@ from collections.abc import Callable
 from types import SimpleNamespace
 
 import torch
-from torch.optim.adam import adam
-from torch.optim.adamw import adamw
 
 CPU = torch.device("cpu")
 
@@ -56,9 +53,7 @@ def prepare() -> None:
     _stand_in_for_streams()
     _stand_in_for_generators()
     _stand_in_for_tensors()
-    _stand_in_for_adam()
-    _stand_in_for_clipping()
-    _stand_in_for_swiglu()
+    _stand_in_for_kernels()
     _spare_lone_processes()
 
 
@@ -163,52 +158,10 @@ def _stand_in_for_tensors() -> None:
     torch.nn.Module.cuda = lambda self, *args, **kwargs: self
 
 
-def _stand_in_for_adam() -> None:
-    import megatron.core.optimizer as optimizer
-    import megatron.core.optimizer.distrib_optimizer as distributed
+def _stand_in_for_kernels() -> None:
+    from cpt_mega.engine import host_kernels
 
-    optimizer.Adam, optimizer.USING_PYTORCH_OPTIMIZER = HostAdam, False
-    distributed.Adam, distributed.HAVE_APEX_OR_TE, distributed.USING_TE_OPTIMIZER = HostAdam, True, True
-
-
-def _stand_in_for_clipping() -> None:
-    """Core's own makes a copy of every gradient to scale it."""
-    import megatron.core.optimizer.clip_grads as clip_grads
-
-    clip_grads.multi_tensor_scale_impl = _multi_tensor_scale
-
-
-def _multi_tensor_scale(chunk_size: int, noop_flag: torch.Tensor, tensor_lists: list, scale: float) -> None:
-    sources, targets = tensor_lists
-    if sources is targets:
-        torch._foreach_mul_(targets, scale)
-        return
-    for source, target in zip(sources, targets, strict=True):
-        torch.mul(source, scale, out=target)
-
-
-def _stand_in_for_swiglu() -> None:
-    """Core's own is written to be compiled: as it stands it computes the gate's sigmoid three times and joins two halves."""
-    import megatron.core.fusions.fused_bias_swiglu as fused
-
-    fused.swiglu, fused.swiglu_back = _swiglu, _swiglu_back
-
-
-def _swiglu(inputs: torch.Tensor) -> torch.Tensor:
-    """``silu(gate) * up`` of ``inputs`` [..., gate and up]."""
-    gate, up = inputs.chunk(2, dim=-1)
-    return torch.nn.functional.silu(gate).mul_(up)
-
-
-def _swiglu_back(grad: torch.Tensor, inputs: torch.Tensor) -> torch.Tensor:
-    """Its gradient to ``inputs``, bit for bit as autograd has it; each half is written where it belongs."""
-    gate, up = inputs.chunk(2, dim=-1)
-    result = torch.empty_like(inputs)
-    to_gate, to_up = result.chunk(2, dim=-1)
-    torch.ops.aten.silu.out(gate, out=to_up)
-    to_up.mul_(grad)
-    torch.ops.aten.silu_backward.grad_input(grad * up, gate, grad_input=to_gate)
-    return result
+    host_kernels.install()
 
 
 def _spare_lone_processes() -> None:
@@ -227,46 +180,3 @@ def _unless_in_place(collective: Callable) -> Callable:
         return collective(output, tensor, *args, **kwargs)
 
     return run
-
-
-class HostAdam(torch.optim.Optimizer):
-    """AdamW under a fused Adam's contract: ``step`` in the group, state exactly ``exp_avg`` and ``exp_avg_sq``.
-
-    Plain ``torch.optim.AdamW`` keeps ``step`` in the state, which breaks the distributed optimizer's checkpoints. The
-    arithmetic is torch's own functional form, bit for bit. Keyword arguments that only a fused kernel knows
-    (``capturable`` in megatron-core 0.19) are accepted and have no meaning here.
-    """
-
-    def __init__(self, params, lr, weight_decay, betas, eps, adam_w_mode=True, **gpu_only):
-        defaults = {"lr": lr, "weight_decay": weight_decay, "betas": betas, "eps": eps, "bias_correction": True}
-        super().__init__(params, defaults)
-        self.adam_w_mode = adam_w_mode
-
-    @torch.no_grad()
-    def step(self, closure=None) -> None:
-        for group in self.param_groups:
-            group["step"] = group.get("step", 0) + 1
-            params = [p for p in group["params"] if p.grad is not None and p.numel()]
-            if params:
-                self._update(group, params)
-
-    def _update(self, group: dict, params: list[torch.Tensor]) -> None:
-        for p in params:
-            if not self.state[p]:
-                self.state[p] = {"exp_avg": torch.zeros_like(p), "exp_avg_sq": torch.zeros_like(p)}
-        (adamw if self.adam_w_mode else adam)(
-            params,
-            [p.grad for p in params],
-            [self.state[p]["exp_avg"] for p in params],
-            [self.state[p]["exp_avg_sq"] for p in params],
-            [],
-            [torch.tensor(float(group["step"] - 1)) for _ in params],  # the functional form adds one itself
-            fused=True,
-            amsgrad=False,
-            maximize=False,
-            lr=group["lr"],
-            beta1=group["betas"][0],
-            beta2=group["betas"][1],
-            eps=group["eps"],
-            weight_decay=group["weight_decay"],
-        )

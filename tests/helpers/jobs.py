@@ -133,7 +133,7 @@ def swiglu_as_autograd_has_it() -> dict[str, bool]:
 
 def adam_beside_torchs(steps: int) -> float:
     """How far HostAdam gets from torch's AdamW in some steps, at most (absolute)."""
-    from cpt_mega.engine.host import HostAdam
+    from cpt_mega.engine.host_kernels import HostAdam
 
     torch.manual_seed(1)
     start, options = torch.randn(50), {"lr": 1e-2, "weight_decay": 0.1, "betas": (0.9, 0.95), "eps": 1e-8}

@@ -121,6 +121,7 @@ def bare_settings(folder: Path, tp: int, warmup: int, steps: int) -> dict:
             "num_query_groups": MODEL["num_key_value_heads"],
             "layernorm_epsilon": 1e-6,
             "bias_activation_fusion": True,
+            "apply_rope_fusion": True,
             "tensor_model_parallel_size": tp,
             "sequence_parallel": tp > 1,
         },
