@@ -11,7 +11,7 @@ from pathlib import Path
 if importlib.util.find_spec("cpt_mega") is None:  # run from a checkout that is not installed
     sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from cpt_mega.hf.console import bytes_progress, print_table, run_tool  # noqa: E402
+from cpt_mega.command_line import bytes_progress, print_table, run_tool  # noqa: E402
 from cpt_mega.hf.convert import ImportReport, import_hf  # noqa: E402
 
 

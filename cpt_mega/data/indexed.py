@@ -14,6 +14,7 @@ import hashlib
 import os
 import struct
 import tempfile
+from collections.abc import Iterator
 from functools import cached_property
 from pathlib import Path
 
@@ -65,6 +66,22 @@ class IndexedCorpus:
     def document_lengths(self) -> np.ndarray:
         """Tokens of each document, int64 [documents]."""
         return np.diff(self._starts)
+
+    @property
+    def ends(self) -> tuple[np.ndarray, np.ndarray]:
+        """First and last token of each document, int64 [documents] each; -1 where a document is empty."""
+        found = []
+        for places in (self._starts[:-1], self._starts[1:] - 1):
+            tokens = np.full(self.documents, -1, np.int64)
+            filled = self.document_lengths > 0
+            tokens[filled] = self._tokens[places[filled]]
+            found.append(tokens)
+        return found[0], found[1]
+
+    def blocks(self, tokens: int = 1 << 22) -> Iterator[np.ndarray]:
+        """All tokens in order, as stored, in blocks of so many."""
+        for start in range(0, self.tokens, tokens):
+            yield np.asarray(self._tokens[start : start + tokens])
 
     def read(self, document: int, start: int, length: int) -> np.ndarray:
         """Tokens ``start`` to ``start + length`` of one document, a copy, int64 [length].

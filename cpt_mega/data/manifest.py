@@ -3,6 +3,7 @@
 import hashlib
 import json
 import os
+from collections.abc import Callable
 from dataclasses import MISSING, asdict, dataclass, fields
 from pathlib import Path
 
@@ -61,13 +62,19 @@ def manifest_path(prefix: str | os.PathLike) -> Path:
     return Path(f"{prefix}.manifest.json")
 
 
-def content_digest(prefix: str | os.PathLike) -> str:
-    """SHA-256 over the bytes of ``PREFIX.bin`` followed by those of ``PREFIX.idx``, as hex."""
-    total = hashlib.sha256()
+def content_digest(prefix: str | os.PathLike, progress: Callable[[int, int], None] = lambda done, total: None) -> str:
+    """SHA-256 over the bytes of ``PREFIX.bin`` followed by those of ``PREFIX.idx``, as hex.
+
+    ``progress(bytes_done, bytes_in_all)`` is called on the way.
+    """
+    total, done = hashlib.sha256(), 0
+    size = sum(os.path.getsize(path) for path in corpus_files(prefix))
     for path in corpus_files(prefix):
         with open(path, "rb") as stream:
             while block := stream.read(BLOCK_BYTES):
                 total.update(block)
+                done += len(block)
+                progress(done, size)
     return total.hexdigest()
 
 

@@ -1,4 +1,4 @@
-"""What the two conversion tools share: a progress bar over bytes, a table, exit codes."""
+"""What command-line tools share: a progress bar over bytes, a table, exit codes."""
 
 import contextlib
 import sys

@@ -1,0 +1,141 @@
+"""What is in a corpus, whether it is what its manifest says, and a manifest for files that have none."""
+
+import os
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+
+import numpy as np
+
+from cpt_mega import __version__
+from cpt_mega.data.indexed import IndexedCorpus
+from cpt_mega.data.manifest import CorpusManifest, content_digest, load_manifest, manifest_path
+from cpt_mega.data.tokenizer import TextTokenizer
+from cpt_mega.errors import InputError
+from cpt_mega.lineage import file_digest
+
+Progress = Callable[[int, int], None]
+
+
+@dataclass(frozen=True)
+class CorpusSummary:
+    """Counts of a corpus; lengths are tokens of a document, quantiles over documents.
+
+    ``manifest`` is None where there is none.
+    """
+
+    prefix: str
+    documents: int
+    tokens: int
+    empty_documents: int
+    dtype: str
+    lengths: dict[str, float]
+    manifest: dict | None
+
+
+def summarise(corpus: IndexedCorpus) -> CorpusSummary:
+    """What can be told without reading the tokens. Raises InputError for a damaged manifest."""
+    lengths, manifest = corpus.document_lengths, load_manifest(corpus.prefix)
+    quantiles = {"least": 0.0, "median": 0.5, "p99": 0.99, "most": 1.0}
+    found = {name: float(np.quantile(lengths, share)) for name, share in quantiles.items()} if len(lengths) else {}
+    if len(lengths):
+        found["mean"] = float(lengths.mean())
+    return CorpusSummary(
+        corpus.prefix,
+        corpus.documents,
+        corpus.tokens,
+        int((lengths == 0).sum()),
+        corpus.dtype.name,
+        found,
+        asdict(manifest) if manifest else None,
+    )
+
+
+def document_ids(corpus: IndexedCorpus, document: int) -> list[int]:
+    """All tokens of a document. Raises InputError when there is no such document."""
+    if not 0 <= document < corpus.documents:
+        raise InputError("--document", document, f"{corpus.prefix} holds documents 0 to {corpus.documents - 1}")
+    return corpus.read(document, 0, int(corpus.document_lengths[document])).tolist()
+
+
+def load_own_tokenizer(corpus: IndexedCorpus, path: str) -> TextTokenizer:
+    """The tokenizer at a path. Raises InputError when the manifest tells of another one."""
+    tokenizer, manifest = TextTokenizer.load(path), load_manifest(corpus.prefix)
+    if manifest is not None and manifest.tokenizer_digest != tokenizer.digest:
+        fix = f"the corpus was made by tokenizer {manifest.tokenizer_digest[:12]}, this is {tokenizer.digest[:12]}"
+        raise InputError("--tokenizer", path, fix)
+    return tokenizer
+
+
+def find_problems(corpus: IndexedCorpus, progress: Progress = lambda done, total: None) -> list[str]:
+    """What is wrong with a corpus beside its manifest, a sentence each; empty when all is as it says.
+
+    Looks at counts, the content digest, the range of ids, EOS and BOS of every document, and the sources that are still
+    where they were. Raises InputError when there is no manifest, or it is damaged.
+    """
+    manifest = load_manifest(corpus.prefix)
+    if manifest is None:
+        fix = "there is none; --write-manifest --tokenizer DIR makes one"
+        raise InputError("manifest", str(manifest_path(corpus.prefix)), fix)
+    problems = []
+    try:
+        manifest.check_against(corpus)
+    except InputError as error:
+        problems.append(str(error))
+    digest = content_digest(corpus.prefix, progress)
+    if digest != manifest.content_digest:
+        problems.append(f"the files' digest is {digest[:12]}, the manifest's {manifest.content_digest[:12]}")
+    problems += _wrong_tokens(corpus, manifest.vocab_size, manifest.eos_id, manifest.bos_id)
+    return problems + _changed_sources(manifest.sources)
+
+
+def make_manifest(
+    corpus: IndexedCorpus, tokenizer: TextTokenizer, progress: Progress = lambda done, total: None
+) -> CorpusManifest:
+    """A manifest for files that Megatron-LM wrote; BOS is said to be there when every document begins with it.
+
+    Raises InputError when ids lie outside the vocabulary or documents do not end in the tokenizer's EOS: the files are
+    then another tokenizer's, or were made without ``--append-eod``.
+    """
+    first, _ = corpus.ends
+    has_bos = tokenizer.bos_id is not None and corpus.documents > 0 and bool((first == tokenizer.bos_id).all())
+    bos_id = tokenizer.bos_id if has_bos else None
+    problems = _wrong_tokens(corpus, tokenizer.vocab_size, tokenizer.eos_id, bos_id)
+    if problems:
+        fix = "; ".join(problems) + ". Preprocess again with this tokenizer, or train on the files without a manifest"
+        raise InputError("--write-manifest", corpus.prefix, fix)
+    return CorpusManifest(
+        tokenizer_digest=tokenizer.digest,
+        vocab_size=tokenizer.vocab_size,
+        eos_id=tokenizer.eos_id,
+        bos_id=bos_id,
+        dtype=corpus.dtype.name,
+        documents=corpus.documents,
+        tokens=corpus.tokens,
+        content_digest=content_digest(corpus.prefix, progress),
+        sources=[],
+        tool_version=__version__,
+    )
+
+
+def _wrong_tokens(corpus: IndexedCorpus, vocab_size: int, eos_id: int, bos_id: int | None) -> list[str]:
+    problems = []
+    outside = sum(int(((block < 0) | (block >= vocab_size)).sum()) for block in corpus.blocks())
+    if outside:
+        problems.append(f"{outside:,} token ids lie outside the vocabulary of {vocab_size:,}")
+    first, last = corpus.ends
+    for tokens, wanted, words in ((last, eos_id, "end in EOS"), (first, bos_id, "begin with BOS")):
+        wrong = np.flatnonzero(tokens != wanted) if wanted is not None else ()
+        if len(wrong):
+            where = f"the first is document {wrong[0]}"
+            problems.append(f"{len(wrong):,} of {corpus.documents:,} documents do not {words} {wanted} ({where})")
+    return problems
+
+
+def _changed_sources(sources: list[dict]) -> list[str]:
+    """Sources that are there and are not what they were. One that is gone is no fault of the corpus."""
+    there = [source for source in sources if os.path.isfile(source["path"])]
+    return [
+        f"source {source['path']} has changed since"
+        for source in there
+        if file_digest(source["path"]) != source["sha256"]
+    ]

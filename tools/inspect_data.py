@@ -1,0 +1,111 @@
+#!/usr/bin/env python
+"""What is in a corpus: counts and documents as text; --verify checks it, --write-manifest describes Megatron-LM's files."""
+
+import argparse
+import importlib.util
+import json
+import sys
+from dataclasses import asdict
+from pathlib import Path
+
+if importlib.util.find_spec("cpt_mega") is None:  # run from a checkout that is not installed
+    sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from cpt_mega.command_line import bytes_progress, print_table, run_tool  # noqa: E402
+from cpt_mega.data import inspection  # noqa: E402
+from cpt_mega.data.indexed import IndexedCorpus  # noqa: E402
+from cpt_mega.data.manifest import load_manifest, manifest_path  # noqa: E402
+from cpt_mega.errors import InputError  # noqa: E402
+
+
+def parse_arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("prefix", metavar="PREFIX", help="path of the corpus without .bin and .idx")
+    parser.add_argument("--document", type=int, metavar="I", help="show document I (from 0): text, or ids alone")
+    parser.add_argument("--tokenizer", metavar="DIR_OR_MODEL", help="turns ids into text; must be the corpus' own")
+    parser.add_argument(
+        "--verify", action="store_true", help="check digests, ids, EOS and sources; exit code 2 if wrong"
+    )
+    parser.add_argument("--write-manifest", action="store_true", help="for files without one; needs --tokenizer")
+    parser.add_argument("--json", action="store_true", help="print JSON")
+    return parser.parse_args()
+
+
+def main() -> None:
+    arguments = parse_arguments()
+    prefix = arguments.prefix.removesuffix(".bin").removesuffix(".idx")
+    corpus = IndexedCorpus(prefix)
+    if arguments.write_manifest:
+        write_manifest(corpus, arguments.tokenizer)
+    if arguments.document is not None:
+        show_document(corpus, arguments)
+    elif arguments.verify:
+        verify(corpus, arguments.json)
+    else:
+        show_summary(inspection.summarise(corpus), arguments.json)
+
+
+def write_manifest(corpus: IndexedCorpus, tokenizer: str | None) -> None:
+    """Writes the manifest of files that have none; raises InputError where there is one, or without a tokenizer."""
+    if load_manifest(corpus.prefix) is not None:
+        raise InputError("--write-manifest", str(manifest_path(corpus.prefix)), "is there already; --verify checks it")
+    if tokenizer is None:
+        raise InputError("--tokenizer", None, "name the tokenizer that made the corpus: a manifest is about its ids")
+    with bytes_progress("reading") as progress:
+        manifest = inspection.make_manifest(corpus, inspection.load_own_tokenizer(corpus, tokenizer), progress)
+    manifest.write(corpus.prefix)
+    print(f"written: {manifest_path(corpus.prefix)}", file=sys.stderr)
+
+
+def show_document(corpus: IndexedCorpus, arguments: argparse.Namespace) -> None:
+    """One document, as text when there is a tokenizer."""
+    ids = inspection.document_ids(corpus, arguments.document)
+    tokenizer = inspection.load_own_tokenizer(corpus, arguments.tokenizer) if arguments.tokenizer else None
+    text = tokenizer.decode(ids) if tokenizer else None
+    if arguments.json:
+        print(json.dumps({"document": arguments.document, "ids": ids, "text": text}))
+        return
+    print(f"document {arguments.document} of {corpus.documents:,}, {len(ids):,} tokens")
+    print(" ".join(map(str, ids)) if text is None else text)
+
+
+def verify(corpus: IndexedCorpus, as_json: bool) -> None:
+    """Says what is wrong; raises InputError, for its exit code, when anything is."""
+    with bytes_progress("verifying") as progress:
+        problems = inspection.find_problems(corpus, progress)
+    if as_json:
+        print(json.dumps({"prefix": corpus.prefix, "problems": problems}))
+    elif not problems:
+        print(f"{corpus.prefix}: {corpus.documents:,} documents, {corpus.tokens:,} tokens: all as the manifest says")
+    if problems:
+        raise InputError("--verify", corpus.prefix, "; ".join(problems))
+
+
+def show_summary(summary: inspection.CorpusSummary, as_json: bool) -> None:
+    """Counts, and what the manifest tells."""
+    if as_json:
+        print(json.dumps(asdict(summary)))
+        return
+    lengths = ", ".join(f"{name} {value:,.0f}" for name, value in summary.lengths.items())
+    rows = {
+        "documents": f"{summary.documents:,}"
+        + (f", {summary.empty_documents:,} empty" * bool(summary.empty_documents)),
+        "tokens": f"{summary.tokens:,} as {summary.dtype}",
+        "tokens of a document": lengths or "none",
+    }
+    manifest = summary.manifest
+    if manifest is None:
+        rows["manifest"] = "none; --write-manifest --tokenizer DIR makes one"
+    else:
+        rows |= {
+            "tokenizer": f"{manifest['tokenizer_digest'][:12]}, {manifest['vocab_size']:,} tokens",
+            "EOS, BOS": f"{manifest['eos_id']}, {manifest['bos_id']}",
+            "content": manifest["content_digest"],
+            "rejects": f"{manifest['rejects']:,}",
+            "sources": "\n".join(f"{s['path']} ({s['bytes']:,} bytes)" for s in manifest["sources"]) or "not known",
+        }
+    print_table(summary.prefix, rows, f"python tools/inspect_data.py {summary.prefix} --document 0 --tokenizer DIR")
+
+
+if __name__ == "__main__":
+    sys.exit(run_tool(main))
