@@ -4,6 +4,7 @@
 import argparse
 import importlib.util
 import json
+import shlex
 import sys
 from dataclasses import asdict
 from pathlib import Path
@@ -104,7 +105,8 @@ def show_summary(summary: inspection.CorpusSummary, as_json: bool) -> None:
             "rejects": f"{manifest['rejects']:,}",
             "sources": "\n".join(f"{s['path']} ({s['bytes']:,} bytes)" for s in manifest["sources"]) or "not known",
         }
-    print_table(summary.prefix, rows, f"python tools/inspect_data.py {summary.prefix} --document 0 --tokenizer DIR")
+    words = shlex.quote(summary.prefix)
+    print_table(summary.prefix, rows, f"python tools/inspect_data.py {words} --document 0 --tokenizer DIR")
 
 
 if __name__ == "__main__":
