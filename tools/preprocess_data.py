@@ -17,6 +17,7 @@ from rich.table import Table
 
 from cpt_mega.data.preprocess import BOS_POLICIES, PreprocessOptions, PreprocessReport, preprocess
 from cpt_mega.data.progress import EncodingProgress
+from cpt_mega.data.routes import AUTO, ROUTES
 from cpt_mega.errors import InputError
 
 INTERRUPTED, TERMINATED = 128 + signal.SIGINT, 128 + signal.SIGTERM
@@ -31,6 +32,7 @@ def parse_arguments() -> PreprocessOptions:
     parser.add_argument("--workers", type=int, default=len(os.sched_getaffinity(0)), help="processes (default: cores)")
     parser.add_argument("--field", default="text", help="the key that holds the text (default: text)")
     parser.add_argument("--bos", choices=BOS_POLICIES, default="auto", help="default: as the tokenizer itself does")
+    parser.add_argument("--encoder", choices=[AUTO, *ROUTES], default=AUTO, help="default: the fastest that is exact")
     parser.add_argument("--max-reject-share", type=float, default=0.001, help="stop above it (default: 0.001)")
     parser.add_argument("--reuse", action="store_true", help="keep an intact corpus that the same inputs made")
     values = vars(parser.parse_args())
@@ -42,6 +44,8 @@ def show(report: PreprocessReport, console: Console) -> None:
     manifest, input_bytes = report.manifest, sum(source["bytes"] for source in report.manifest.sources)
     if report.reused:
         console.print(f"{report.prefix}: made of the same inputs by the same tokenizer; kept as it is (--reuse)")
+    for problem in report.passed_over:
+        console.print(f"passed over {problem}", style="yellow", markup=False)
     for reject in report.first_rejects:
         console.print(f"rejected {reject}", style="yellow", markup=False)
     table = Table(title=report.prefix, show_header=False)
@@ -53,7 +57,7 @@ def show(report: PreprocessReport, console: Console) -> None:
         "tokens": f"{manifest.tokens:,} as {manifest.dtype}, EOS {manifest.eos_id}, BOS {manifest.bos_id}",
         "tokens per document": f"{manifest.tokens / manifest.documents:,.1f}",
         "bytes per token": f"{manifest.token_bytes / manifest.tokens:.2f}",
-        "time": f"{report.seconds:.1f} s" + ("" if report.reused else f", {rates}"),
+        "time": f"{report.seconds:.1f} s" + ("" if report.reused else f", {rates}, by {report.route}"),
     }
     for name, value in rows.items():
         table.add_row(name, value)

@@ -9,7 +9,6 @@ from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
-from itertools import chain
 from multiprocessing import get_context
 
 import numpy as np
@@ -17,6 +16,7 @@ import numpy as np
 from cpt_mega.data.indexed import token_dtype
 from cpt_mega.data.readers import Chunk, Document
 from cpt_mega.data.rejects import Reject
+from cpt_mega.data.routes import REFERENCE, open_route
 from cpt_mega.data.tokenizer import TextTokenizer
 from cpt_mega.errors import InputError
 
@@ -41,42 +41,44 @@ class ChunkEncoder:
     Args:
         tokenizer: path that ``TextTokenizer.load`` takes; loaded here, because encoders do not travel to workers.
         bos: whether BOS begins every document.
+        route: a name of ``routes.ROUTES``, proved before.
     """
 
-    def __init__(self, tokenizer: str, bos: bool):
+    def __init__(self, tokenizer: str, bos: bool, route: str = REFERENCE):
         # A worker is one thread: with more, workers of one machine would fight for its cores.
         os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
         self.tokenizer, self.bos = TextTokenizer.load(tokenizer), bos
+        self.route = open_route(self.tokenizer, route)
         self.dtype = token_dtype(self.tokenizer.vocab_size)
 
     def __call__(self, chunk: Chunk) -> EncodedChunk:
         parsed = list(chunk.parse())
         documents = [item for item in parsed if isinstance(item, Document)]
         rejects = [item for item in parsed if isinstance(item, Reject)]
-        encoded = self.tokenizer.encode_batch([document.text for document in documents])
-        stored, text_bytes = [], 0
-        for document, text_ids in zip(documents, encoded, strict=True):
-            if ids := self.tokenizer.document_ids(text_ids, self.bos):
-                stored.append(ids)
-                text_bytes += len(document.text.encode())
-            else:
-                rejects.append(document.rejected("empty"))
-        lengths = np.fromiter(map(len, stored), np.int64, len(stored))
-        tokens = np.fromiter(chain.from_iterable(stored), self.dtype, int(lengths.sum()))
+        tokens, lengths, kept = self._encode([document.text for document in documents])
+        text_bytes = sum(len(documents[index].text.encode()) for index in kept)
+        if len(kept) < len(documents):
+            empty = set(range(len(documents))).difference(kept.tolist())
+            rejects += [documents[index].rejected("empty") for index in empty]
         rejects.sort(key=lambda reject: reject.line)
-        return EncodedChunk(tokens, lengths, text_bytes, chunk.input_bytes, rejects)
+        return EncodedChunk(tokens.astype(self.dtype), lengths, text_bytes, chunk.input_bytes, rejects)
+
+    def _encode(self, texts: list[str]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        return self.tokenizer.stored_documents(*self.route.encode(texts), self.bos)
 
 
-def encode_chunks(chunks: Iterator[Chunk], tokenizer: str, bos: bool, workers: int) -> Iterator[EncodedChunk]:
+def encode_chunks(
+    chunks: Iterator[Chunk], tokenizer: str, bos: bool, workers: int, route: str = REFERENCE
+) -> Iterator[EncodedChunk]:
     """Encodes chunks in order; the result does not depend on the number of workers.
 
     Raises InputError when the tokenizer cannot be loaded or a worker is killed.
     """
     if workers == 1:
-        yield from map(ChunkEncoder(tokenizer, bos), chunks)
+        yield from map(ChunkEncoder(tokenizer, bos, route), chunks)
         return
     # Not forked: a forked tokenizer can deadlock on its threads.
-    pool = ProcessPoolExecutor(workers, get_context("spawn"), _start_worker, (tokenizer, bos))
+    pool = ProcessPoolExecutor(workers, get_context("spawn"), _start_worker, (tokenizer, bos, route))
     try:
         yield from _in_order(pool, chunks, CHUNKS_AHEAD * workers)
     except BrokenProcessPool as error:
@@ -119,9 +121,9 @@ def _signals_deferred() -> Iterator[None]:
             signal.raise_signal(number)
 
 
-def _start_worker(tokenizer: str, bos: bool) -> None:
+def _start_worker(tokenizer: str, bos: bool, route: str) -> None:
     global _worker
-    _worker = ChunkEncoder(tokenizer, bos)
+    _worker = ChunkEncoder(tokenizer, bos, route)
 
 
 def _encode(chunk: Chunk) -> EncodedChunk:

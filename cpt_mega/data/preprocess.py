@@ -8,18 +8,20 @@ import os
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from itertools import chain
+from itertools import chain, islice
 
 from cpt_mega import __version__
 from cpt_mega.data.encode import EncodedChunk, encode_chunks
 from cpt_mega.data.indexed import IndexedCorpus, IndexedCorpusWriter, token_dtype
 from cpt_mega.data.manifest import CorpusManifest, content_digest, load_manifest, manifest_path
-from cpt_mega.data.readers import check_input, read_chunks
+from cpt_mega.data.readers import Document, check_input, read_chunks
 from cpt_mega.data.rejects import Reject, RejectLog
+from cpt_mega.data.routes import AUTO, REFERENCE, ROUTES, choose_route
 from cpt_mega.data.tokenizer import TextTokenizer
 from cpt_mega.errors import InputError
 from cpt_mega.lineage import file_digest
 
+SAMPLE_BYTES = 1 << 20  # of all inputs: the reference takes a third of a second for it
 BOS_POLICIES = ("auto", "always", "never")
 
 
@@ -35,6 +37,7 @@ class PreprocessOptions:
         field: the key of a record that holds the text.
         bos: ``auto`` adds BOS if the tokenizer itself does; ``always``; ``never``.
         max_reject_share: rejects over documents in, above which nothing is written.
+        encoder: the route from texts to ids, a name of ``routes.ROUTES`` or ``auto``; ids do not depend on it.
         reuse: keep a corpus that stands there already if it was made of the same inputs in the same way.
     """
 
@@ -45,6 +48,7 @@ class PreprocessOptions:
     field: str = "text"
     bos: str = "auto"
     max_reject_share: float = 0.001
+    encoder: str = AUTO
     reuse: bool = False
 
     def __post_init__(self) -> None:
@@ -57,6 +61,8 @@ class PreprocessOptions:
             raise InputError("--workers", self.workers, "give at least 1")
         if self.bos not in BOS_POLICIES:
             raise InputError("--bos", self.bos, f"give one of {', '.join(BOS_POLICIES)}")
+        if self.encoder not in (AUTO, *ROUTES):
+            raise InputError("--encoder", self.encoder, f"give one of {', '.join((AUTO, *ROUTES))}")
         if not 0 <= self.max_reject_share <= 1:
             raise InputError("--max-reject-share", self.max_reject_share, "a share lies between 0 and 1")
         if not os.path.basename(self.output) or self.output.endswith((".bin", ".idx")):
@@ -65,7 +71,8 @@ class PreprocessOptions:
 
 @dataclass(frozen=True)
 class PreprocessReport:
-    """What came out: the manifest, rejects by reason with the first few, seconds, whether it was there already."""
+    """What came out: the manifest, rejects by reason with the first few, seconds, whether it was there already; the route
+    from texts to ids, and why faster ones were passed over."""
 
     prefix: str
     manifest: CorpusManifest
@@ -73,6 +80,8 @@ class PreprocessReport:
     first_rejects: list[Reject]
     seconds: float
     reused: bool = False
+    route: str = REFERENCE
+    passed_over: tuple[str, ...] = ()
 
     @property
     def documents_in(self) -> int:
@@ -94,9 +103,10 @@ def preprocess(
     recipe = _recipe(tokenizer, bos, sources)
     if options.reuse and (manifest := _standing(options, recipe)):
         return PreprocessReport(options.output, manifest, {}, [], time.monotonic() - begun, reused=True)
+    route, passed_over = choose_route(tokenizer, options.encoder, _sample(options))
     with RejectLog(options.output) as rejects:
         with IndexedCorpusWriter(options.output, recipe["dtype"]) as writer:
-            text_bytes = _write_documents(options, bos, writer, rejects, advance)
+            text_bytes = _write_documents(options, bos, route, writer, rejects, advance)
             _check_outcome(options, writer.documents, rejects)
             # The old manifest does not describe what is renamed into place now.
             manifest_path(options.output).unlink(missing_ok=True)
@@ -109,7 +119,29 @@ def preprocess(
             rejects=rejects.count,
         )
         manifest.write(options.output)
-    return PreprocessReport(options.output, manifest, rejects.by_reason, rejects.first, time.monotonic() - begun)
+    seconds = time.monotonic() - begun
+    return PreprocessReport(
+        options.output,
+        manifest,
+        rejects.by_reason,
+        rejects.first,
+        seconds,
+        route=route,
+        passed_over=tuple(passed_over),
+    )
+
+
+def _sample(options: PreprocessOptions) -> list[str]:
+    """Texts of the beginning of every input, on which encoders are compared."""
+    texts: list[str] = []
+    for path in options.inputs:
+        left = SAMPLE_BYTES // len(options.inputs)
+        for chunk in islice(read_chunks(path, options.field), 1):
+            for item in chunk.parse():
+                if isinstance(item, Document) and left > 0:
+                    texts.append(item.text[:left])
+                    left -= len(item.text)
+    return texts
 
 
 def _adds_bos(tokenizer: TextTokenizer, policy: str) -> bool:
@@ -156,6 +188,7 @@ def _standing(options: PreprocessOptions, recipe: dict) -> CorpusManifest | None
 def _write_documents(
     options: PreprocessOptions,
     bos: bool,
+    route: str,
     writer: IndexedCorpusWriter,
     rejects: RejectLog,
     advance: Callable[[EncodedChunk], None],
@@ -163,7 +196,7 @@ def _write_documents(
     """Encodes all inputs into the writer and the log; returns the UTF-8 bytes of the text written."""
     text_bytes = 0
     chunks = chain.from_iterable(read_chunks(path, options.field) for path in options.inputs)
-    for encoded in encode_chunks(chunks, options.tokenizer, bos, options.workers):
+    for encoded in encode_chunks(chunks, options.tokenizer, bos, options.workers, route):
         writer.add_many(encoded.tokens, encoded.lengths)
         for reject in encoded.rejects:
             rejects.add(reject)

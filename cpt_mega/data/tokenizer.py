@@ -1,10 +1,10 @@
 """Text to token ids and back, by the tokenizer that comes with a model.
 
-Two kinds of tokenizers, behind one small interface (``TextEncoder``), so that a faster encoder can take a place
-beside them. Special tokens are never added by the encoders: BOS and EOS are this module's business, and follow the
-tokenizer's own habit. A special token that occurs literally in a text is text: it is spelt out, as
-transformers does under ``split_special_tokens=True``. Otherwise source code that mentions ``<|endoftext|>`` would end
-documents in their middle, and a scraped page could speak in the template's own voice.
+Two kinds of tokenizers behind one small interface (``TextEncoder``); faster ways to the same ids are in ``routes``.
+Special tokens are never added by the encoders: BOS and EOS are this module's business, and follow the tokenizer's own
+habit. A special token that occurs literally in a text is text: it is spelt out, as transformers does under
+``split_special_tokens=True``. Otherwise source code that mentions ``<|endoftext|>`` would end documents in their middle,
+and a scraped page could speak in the template's own voice.
 """
 
 import json
@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
+import numpy as np
 import sentencepiece
 import tokenizers
 
@@ -75,6 +76,7 @@ class TextTokenizer:
     """A tokenizer and its habits.
 
     Attributes:
+        path: the file it was read from.
         encoder: turns text into ids.
         digest: SHA-256 of ``tokenizer.json`` or of the ``.model``.
         vocab_size: highest id plus one.
@@ -83,6 +85,7 @@ class TextTokenizer:
         adds_bos: whether the tokenizer itself puts BOS before a text.
     """
 
+    path: Path
     encoder: TextEncoder
     digest: str
     vocab_size: int
@@ -112,6 +115,37 @@ class TextTokenizer:
         """The text of token ids, special tokens included."""
         return self.encoder.decode(ids)
 
+    def stored_documents(
+        self, tokens: np.ndarray, lengths: np.ndarray, bos: bool
+    ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """``document_ids`` of texts that lie one behind the other.
+
+        Args:
+            tokens: ids [sum of lengths].
+            lengths: of each text, int64 [texts].
+
+        Returns tokens and lengths of the documents that are not empty, and the indices of the texts they are of.
+        """
+        filled = np.flatnonzero(lengths)
+        ends = np.cumsum(lengths)[filled]
+        first, last = tokens[ends - lengths[filled]], tokens[ends - 1]
+        if (last == self.eos_id).any() or (self.bos_id is not None and (first == self.bos_id).any()):
+            return self._stored_one_by_one(tokens, lengths, bos)
+        stored = lengths[filled] + bos + 1
+        places = np.cumsum(stored)
+        result, is_text = np.empty(int(stored.sum()), tokens.dtype), np.ones(int(stored.sum()), bool)
+        for at, token in ((places - 1, self.eos_id), *([(places - stored, self.bos_id)] if bos else [])):
+            result[at], is_text[at] = token, False
+        result[is_text] = tokens
+        return result, stored, filled
+
+    def _stored_one_by_one(self, tokens: np.ndarray, lengths: np.ndarray, bos: bool) -> tuple[np.ndarray, ...]:
+        documents = [self.document_ids(ids.tolist(), bos) for ids in np.split(tokens, np.cumsum(lengths)[:-1])]
+        filled = [index for index, document in enumerate(documents) if document]
+        stored = np.array([len(documents[index]) for index in filled], np.int64)
+        joined = [token for index in filled for token in documents[index]]
+        return np.array(joined, tokens.dtype), stored, np.array(filled, np.int64)
+
     def document_ids(self, ids: list[int], bos: bool | None = None) -> list[int]:
         """A document as it is stored: BOS if asked (by default: if the tokenizer adds one), the text, one EOS.
 
@@ -137,6 +171,7 @@ def _load_hf(cls: type[TextTokenizer], path: Path) -> TextTokenizer:
     bos_id, eos_id = (_special_id(path.parent, name, tokenizer.token_to_id) for name in ("bos", "eos"))
     with_specials = tokenizer.encode(PROBE_TEXT, add_special_tokens=True).ids
     return cls(
+        path=path,
         encoder=encoder,
         digest=file_digest(path),
         vocab_size=max(tokenizer.get_vocab(with_added_tokens=True).values(), default=-1) + 1,
@@ -153,6 +188,7 @@ def _load_sentencepiece(cls: type[TextTokenizer], path: Path) -> TextTokenizer:
         raise InputError("tokenizer", str(path), f"not a SentencePiece model ({error}); give another file") from error
     bos_id, eos_id = (token if token >= 0 else None for token in (processor.bos_id(), processor.eos_id()))
     return cls(
+        path=path,
         encoder=SentencePieceEncoder(processor),
         digest=file_digest(path),
         vocab_size=processor.get_piece_size(),

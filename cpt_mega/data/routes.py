@@ -1,0 +1,146 @@
+"""Which encoder turns a corpus into ids: the fastest that gives the ids of the model's own tokenizer, proved on the way in.
+
+A route is a way from texts to ids. ``reference`` is the tokenizer's own library and always right. ``gigatoken`` (MIT) is a
+young library and much faster; it is taken for a tokenizer only after its ids have been those of the reference on a sample
+of the very corpus and on ``NASTY``. A new route is a class with ``encode`` and a line in ``ROUTES``.
+"""
+
+import importlib.util
+import json
+from collections.abc import Sequence
+from itertools import chain
+from typing import Protocol
+
+import numpy as np
+
+from cpt_mega.data.tokenizer import HF_FILE, TextTokenizer
+from cpt_mega.errors import InputError
+
+AUTO, REFERENCE = "auto", "reference"
+# What encoders get wrong first: normalisation, runs of blanks and line ends, digits, joined emoji, marks without a letter,
+# other scripts, private use, NUL, byte order marks, contractions, very long words, special tokens spelt out.
+NASTY = (
+    *("", " ", "  ", "\n", "\r\n\r\n", "\t \t", " \n \n  x", "x   ", "\u00a0\u2003\u3000x", "\u0085\u2028\u2029"),
+    *(
+        "a\0b",
+        "\ufeffbom",
+        "\u200b\u200d\u200e",
+        "e\u0301 \u00e9 \u212b \u1e9b\u0323",
+        "\u0301alone",
+        "\ufffd\ue000\U0010ffff",
+    ),
+    *("I'm you'll THEY'RE it's 'S 'tIs", "0123456789 1,000.50 ١٢٣ ²³ Ⅷ", "ﬁﬂ ＡＢＣ ｱｲｳ", "naïve Straße ĳ ſ İı"),
+    *("北京大学 東京 서울 กรุงเทพ हिन्दी العربية עברית", "👩‍👩‍👧‍👦👍🏽🏳️‍🌈🇩🇪", "__init__ == !== <!-- --> ///**** ======"),
+    *("a" * 5000, "ab " * 2000, "\n" * 3000, " " * 3000, "🙂" * 500, "北" * 1500),
+    *("<s></s><unk><pad>", "<|endoftext|><|im_start|>user<|im_end|>", "[INST] <<SYS>> [/INST]", "▁a ▁▁ Ġb Ċ <0x0A>"),
+)
+# A cache of words grows with the text it has seen (2.7 GB were measured): it starts anew after so much.
+CACHE_TEXT_BYTES = 256 << 20
+
+
+class Route(Protocol):
+    """Texts to ids; special tokens are never added, and such strings in a text are text."""
+
+    def encode(self, texts: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
+        """Ids of all texts one behind the other [sum of lengths], and lengths int64 [texts]."""
+
+
+class ReferenceRoute:
+    """The tokenizer's own library: ``tokenizers`` or SentencePiece."""
+
+    def __init__(self, tokenizer: TextTokenizer):
+        self.tokenizer = tokenizer
+
+    def encode(self, texts: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
+        """See Route."""
+        encoded = self.tokenizer.encode_batch(texts)
+        lengths = np.fromiter(map(len, encoded), np.int64, len(encoded))
+        return np.fromiter(chain.from_iterable(encoded), np.int64, int(lengths.sum())), lengths
+
+
+class GigatokenRoute:
+    """gigatoken over ``tokenizer.json`` without its special tokens, which it would find in texts.
+
+    Raises InputError when the library is missing or does not take the tokenizer.
+    """
+
+    def __init__(self, tokenizer: TextTokenizer):
+        if importlib.util.find_spec("gigatoken") is None:
+            raise InputError("--encoder", "gigatoken", "is not installed; pip install gigatoken")
+        if tokenizer.path.name != HF_FILE:
+            raise InputError("--encoder", "gigatoken", f"reads {HF_FILE}; this is {tokenizer.path.name}")
+        spec = json.loads(tokenizer.path.read_text(encoding="utf-8"))
+        added = [token for token in spec.get("added_tokens") or () if not token["special"]]
+        self._spec = json.dumps(
+            spec | {"added_tokens": added, "post_processor": None, "truncation": None, "padding": None}
+        )
+        self._renew()
+
+    def encode(self, texts: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
+        """See Route."""
+        if self._seen > CACHE_TEXT_BYTES:
+            self._renew()
+        raw = [text.encode() for text in texts]
+        self._seen += sum(map(len, raw))
+        if not raw:
+            return np.empty(0, np.uint32), np.empty(0, np.int64)
+        layout = self._encoder.encode_batch(raw, parallel=False).layout
+        offsets = layout.offsets.data
+        return layout.content.data[offsets[0] : offsets[-1]], np.diff(offsets)
+
+    def _renew(self) -> None:
+        import gigatoken
+
+        try:
+            self._encoder, self._seen = gigatoken.Tokenizer.from_json(self._spec), 0
+        except Exception as error:  # the library raises bare ones
+            raise InputError("--encoder", "gigatoken", f"does not take this tokenizer: {error}") from error
+
+
+ROUTES = {"gigatoken": GigatokenRoute, REFERENCE: ReferenceRoute}
+
+
+def choose_route(tokenizer: TextTokenizer, wanted: str, sample: Sequence[str]) -> tuple[str, list[str]]:
+    """The name of the route to take, and a sentence for each that was passed over.
+
+    Args:
+        wanted: a name of ROUTES, or ``auto``: the first one whose ids are the reference's.
+        sample: texts of the corpus.
+
+    Raises InputError when a route that was asked for by name is not exact or not there.
+    """
+    if wanted == REFERENCE:
+        return REFERENCE, []
+    passed_over = []
+    for name in ROUTES if wanted == AUTO else (wanted,):
+        try:
+            route = open_route(tokenizer, name)
+        except InputError as error:
+            problem = error.fix
+        else:
+            problem = (
+                None if name == REFERENCE else first_difference(route, ReferenceRoute(tokenizer), [*NASTY, *sample])
+            )
+        if problem is None:
+            return name, passed_over
+        if wanted != AUTO:
+            raise InputError("--encoder", wanted, problem)
+        passed_over.append(f"{name}: {problem}")
+    raise AssertionError("the reference is always exact")
+
+
+def open_route(tokenizer: TextTokenizer, name: str) -> Route:
+    """A route by name, without proof. Raises InputError when it is not there."""
+    return ROUTES[name](tokenizer)
+
+
+def first_difference(route: Route, reference: Route, texts: Sequence[str]) -> str | None:
+    """A sentence about the first text whose ids are not the reference's; None when there is none."""
+    found, expected = route.encode(texts), reference.encode(texts)
+    if all(np.array_equal(a, b) for a, b in zip(found, expected, strict=True)):
+        return None
+    for text in texts:
+        ids, theirs = route.encode([text])[0].tolist(), reference.encode([text])[0].tolist()
+        if ids != theirs:
+            return f"gives {ids[:8]} for {text[:40]!r}, the tokenizer {theirs[:8]}"
+    return "gives other ids in a batch than alone"

@@ -1,0 +1,132 @@
+import numpy as np
+import pytest
+import tokenizers
+from tokenizers import Regex, decoders, models, normalizers, pre_tokenizers, trainers
+
+from cpt_mega.data import routes
+from cpt_mega.data.routes import NASTY, REFERENCE, ReferenceRoute, choose_route, first_difference, open_route
+from cpt_mega.data.tokenizer import TextTokenizer
+from cpt_mega.errors import InputError
+from tests.helpers.corpora import TEXTS
+
+# The patterns by which the tokenizers of these families cut words.
+LLAMA3 = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+QWEN = LLAMA3.replace("{1,3}", "")
+
+
+def byte_level(pattern: str | None, normalizer=None):
+    tokenizer = tokenizers.Tokenizer(models.BPE())
+    letters = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=pattern is None)
+    cut = [pre_tokenizers.Split(Regex(pattern), "isolated"), letters] if pattern else None
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(cut) if cut else letters
+    tokenizer.decoder = decoders.ByteLevel()
+    if normalizer is not None:
+        tokenizer.normalizer = normalizer
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    return tokenizer, trainers.BpeTrainer(
+        vocab_size=500, special_tokens=SPECIALS, initial_alphabet=alphabet, show_progress=False
+    )
+
+
+def sentencepiece_bpe():
+    """As Llama 2 and Mistral have it: blanks are letters, what is unknown is spelt in bytes."""
+    tokenizer = tokenizers.Tokenizer(models.BPE(byte_fallback=True, fuse_unk=True, unk_token="<unk>"))
+    tokenizer.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
+    special = ["<unk>", *SPECIALS, *(f"<0x{byte:02X}>" for byte in range(256))]
+    return tokenizer, trainers.BpeTrainer(vocab_size=700, special_tokens=special, show_progress=False)
+
+
+def unigram():
+    tokenizer = tokenizers.Tokenizer(models.Unigram())
+    tokenizer.pre_tokenizer = pre_tokenizers.Metaspace()
+    special = ["<unk>", *SPECIALS]
+    return tokenizer, trainers.UnigramTrainer(
+        vocab_size=300, special_tokens=special, unk_token="<unk>", show_progress=False
+    )
+
+
+SPECIALS = ["<|endoftext|>", "<|im_start|>"]
+KINDS = {
+    "gpt2": lambda: byte_level(None),
+    "llama3": lambda: byte_level(LLAMA3),
+    "qwen": lambda: byte_level(QWEN, normalizers.NFC()),
+    "llama2": sentencepiece_bpe,
+    "unigram": unigram,
+}
+EXPECTED = dict.fromkeys(KINDS, "gigatoken") | {"unigram": REFERENCE}
+
+
+@pytest.fixture(scope="module")
+def kind(tmp_path_factory):
+    """``kind(name)``: a tokenizer of that kind, trained on a few texts."""
+
+    def make(name: str) -> TextTokenizer:
+        folder = tmp_path_factory.mktemp(name)
+        tokenizer, trainer = KINDS[name]()
+        tokenizer.train_from_iterator(TEXTS * 5, trainer)
+        tokenizer.save(str(folder / "tokenizer.json"))
+        (folder / "tokenizer_config.json").write_text('{"eos_token": "<|endoftext|>"}')
+        return TextTokenizer.load(folder)
+
+    return make
+
+
+@pytest.mark.parametrize("name", KINDS)
+def test_the_route_taken_gives_the_tokenizers_ids(kind, name):
+    tokenizer = kind(name)
+    route, passed_over = choose_route(tokenizer, "auto", TEXTS)
+    assert route == EXPECTED[name]
+    assert (route == REFERENCE) == bool(passed_over)
+    assert first_difference(open_route(tokenizer, route), ReferenceRoute(tokenizer), [*TEXTS, *NASTY]) is None
+
+
+@pytest.mark.parametrize("name", ["gpt2", "llama3", "qwen", "llama2"])
+def test_special_tokens_in_a_text_are_text(kind, name):
+    tokenizer = kind(name)
+    route, _ = choose_route(tokenizer, "auto", TEXTS)
+    specials = {tokenizer.encoder.tokenizer.token_to_id(token) for token in SPECIALS}
+    ids = open_route(tokenizer, route).encode(["a <|endoftext|> <|im_start|> b"])[0].tolist()
+    assert None not in specials and not specials & set(ids)
+
+
+class Liar(ReferenceRoute):
+    def encode(self, texts):
+        tokens, lengths = super().encode(texts)
+        return np.where(tokens == tokens.max(initial=0), 0, tokens), lengths
+
+
+def test_an_encoder_that_gives_other_ids_is_passed_over(kind, monkeypatch):
+    monkeypatch.setitem(routes.ROUTES, "gigatoken", Liar)
+    tokenizer = kind("gpt2")
+    route, (problem,) = choose_route(tokenizer, "auto", TEXTS)
+    assert route == REFERENCE and problem.startswith("gigatoken: gives [")
+    with pytest.raises(InputError, match="--encoder = 'gigatoken': gives"):
+        choose_route(tokenizer, "gigatoken", TEXTS)
+
+
+def test_a_library_that_is_not_there_is_passed_over(kind, monkeypatch):
+    monkeypatch.setattr(routes.importlib.util, "find_spec", lambda name: None)
+    route, problems = choose_route(kind("gpt2"), "auto", [])
+    assert route == REFERENCE and "pip install gigatoken" in problems[0]
+
+
+def test_a_cache_that_starts_anew_changes_nothing(kind, monkeypatch):
+    monkeypatch.setattr(routes, "CACHE_TEXT_BYTES", 10)
+    tokenizer = kind("llama3")
+    route = open_route(tokenizer, "gigatoken")
+    for _ in range(3):
+        assert first_difference(route, ReferenceRoute(tokenizer), TEXTS) is None
+    tokens, lengths = route.encode([])
+    assert tokens.size == lengths.size == 0
+
+
+@pytest.mark.parametrize("bos", [False, True])
+@pytest.mark.parametrize("edge", [False, True], ids=["plain", "ids at the edges"])
+def test_documents_are_stored_at_once_as_one_by_one(tokenizer_folder, bos, edge):
+    tokenizer, draw = TextTokenizer.load(tokenizer_folder), np.random.default_rng(1)
+    texts = [draw.integers(0 if edge else 2, 6, length).tolist() for length in (3, 0, 1, 5, 0, 2, 1)]
+    flat, lengths = np.array(sum(texts, [])), np.array([len(text) for text in texts])
+    tokens, stored, kept = tokenizer.stored_documents(flat, lengths, bos)
+    expected = [tokenizer.document_ids(text, bos) for text in texts]
+    assert kept.tolist() == [index for index, ids in enumerate(expected) if ids]
+    assert [part.tolist() for part in np.split(tokens, np.cumsum(stored)[:-1])] == [ids for ids in expected if ids]
