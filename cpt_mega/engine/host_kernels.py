@@ -99,14 +99,18 @@ def swiglu_back(grad: Tensor, inputs: Tensor) -> Tensor:
     return result
 
 
-def rotate_documents(t: Tensor, cu_seqlens: Tensor, freqs: Tensor, cp_size: int = 1, cp_rank: int = 0) -> Tensor:
-    """Transformer Engine's rotary embedding of packed rows (``fused_apply_rotary_pos_emb_thd``), not interleaved.
+def rotate_documents(
+    t: Tensor, cu_seqlens: Tensor, freqs: Tensor, cp_size: int = 1, cp_rank: int = 0, interleaved: bool = False
+) -> Tensor:
+    """Transformer Engine's rotary embedding of packed rows (``fused_apply_rotary_pos_emb_thd``).
 
     Args:
         t: [tokens of this context-parallel rank, heads, head_dim].
         cu_seqlens: int32 [documents + 1], where documents begin in the whole row.
         freqs: angles [positions, 1, 1, rotary_dim], both halves alike; what lies behind ``rotary_dim`` passes unchanged.
+        interleaved: megatron-core 0.19 says it; no family here has it.
     """
+    assert not interleaved, "pairs lie half a head apart in every family here"
     return _Rotation.apply(t, *_tables.of(cu_seqlens, freqs, cp_size, cp_rank, t.dtype))
 
 
