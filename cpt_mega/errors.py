@@ -37,6 +37,9 @@ class InputError(CptMegaError):
         self.field, self.value, self.fix = field, value, fix
         super().__init__(f"{field} = {value!r}: {fix}")
 
+    def __reduce__(self):
+        return type(self), (self.field, self.value, self.fix)  # worker processes raise it too
+
 
 class CheckpointError(InputError):
     """A checkpoint folder is missing, incomplete, damaged, or does not fit the model."""

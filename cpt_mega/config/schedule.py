@@ -23,6 +23,7 @@ class LearningRate:
 
     @classmethod
     def from_config(cls, config: Config) -> "LearningRate":
+        """The schedule of a run over ``train.tokens``; warm-up is 1 % and decay 10 % of them where nothing is said."""
         total, schedule = config.train.tokens, config.schedule
         warmup = schedule.warmup_tokens
         return cls(

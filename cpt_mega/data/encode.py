@@ -55,16 +55,21 @@ class ChunkEncoder:
         parsed = list(chunk.parse())
         documents = [item for item in parsed if isinstance(item, Document)]
         rejects = [item for item in parsed if isinstance(item, Reject)]
-        tokens, lengths, kept = self._encode([document.text for document in documents])
+        ids, counts = self.route.encode([document.text for document in documents])
+        self._check_range(ids)
+        tokens, lengths, kept = self.tokenizer.stored_documents(ids.astype(self.dtype, copy=False), counts, self.bos)
         text_bytes = sum(len(documents[index].text.encode()) for index in kept)
         if len(kept) < len(documents):
             empty = set(range(len(documents))).difference(kept.tolist())
             rejects += [documents[index].rejected("empty") for index in empty]
         rejects.sort(key=lambda reject: reject.line)
-        return EncodedChunk(tokens.astype(self.dtype), lengths, text_bytes, chunk.input_bytes, rejects)
+        return EncodedChunk(tokens, lengths, text_bytes, chunk.input_bytes, rejects)
 
-    def _encode(self, texts: list[str]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        return self.tokenizer.stored_documents(*self.route.encode(texts), self.bos)
+    def _check_range(self, ids: np.ndarray) -> None:
+        """An encoder that was exact on a sample may still err; what does not fit would be stored as another token."""
+        if ids.size and ids.max() >= self.tokenizer.vocab_size:
+            fix = f"outside the vocabulary of {self.tokenizer.vocab_size}; use --encoder reference, and report it"
+            raise InputError("token id", int(ids.max()), fix)
 
 
 def encode_chunks(

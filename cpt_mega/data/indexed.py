@@ -67,13 +67,12 @@ class IndexedCorpus:
         """Tokens of each document, int64 [documents]."""
         return np.diff(self._starts)
 
-    @property
+    @cached_property
     def ends(self) -> tuple[np.ndarray, np.ndarray]:
         """First and last token of each document, int64 [documents] each; -1 where a document is empty."""
-        found = []
+        found, filled = [], self.document_lengths > 0
         for places in (self._starts[:-1], self._starts[1:] - 1):
             tokens = np.full(self.documents, -1, np.int64)
-            filled = self.document_lengths > 0
             tokens[filled] = self._tokens[places[filled]]
             found.append(tokens)
         return found[0], found[1]

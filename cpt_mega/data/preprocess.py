@@ -6,7 +6,7 @@ then, on an error and on Ctrl-C, whatever stood under PREFIX stays as it was.
 
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from itertools import chain, islice
 
@@ -131,17 +131,15 @@ def preprocess(
     )
 
 
-def _sample(options: PreprocessOptions) -> list[str]:
+def _sample(options: PreprocessOptions) -> Iterator[str]:
     """Texts of the beginning of every input, on which encoders are compared."""
-    texts: list[str] = []
     for path in options.inputs:
         left = SAMPLE_BYTES // len(options.inputs)
         for chunk in islice(read_chunks(path, options.field), 1):
             for item in chunk.parse():
                 if isinstance(item, Document) and left > 0:
-                    texts.append(item.text[:left])
+                    yield item.text[:left]
                     left -= len(item.text)
-    return texts
 
 
 def _adds_bos(tokenizer: TextTokenizer, policy: str) -> bool:

@@ -7,7 +7,7 @@ of the very corpus and on ``NASTY``. A new route is a class with ``encode`` and 
 
 import importlib.util
 import json
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from itertools import chain
 from typing import Protocol
 
@@ -100,27 +100,25 @@ class GigatokenRoute:
 ROUTES = {"gigatoken": GigatokenRoute, REFERENCE: ReferenceRoute}
 
 
-def choose_route(tokenizer: TextTokenizer, wanted: str, sample: Sequence[str]) -> tuple[str, list[str]]:
+def choose_route(tokenizer: TextTokenizer, wanted: str, sample: Iterable[str]) -> tuple[str, list[str]]:
     """The name of the route to take, and a sentence for each that was passed over.
 
     Args:
         wanted: a name of ROUTES, or ``auto``: the first one whose ids are the reference's.
-        sample: texts of the corpus.
+        sample: texts of the corpus; not asked for when nothing is to be compared.
 
     Raises InputError when a route that was asked for by name is not exact or not there.
     """
     if wanted == REFERENCE:
         return REFERENCE, []
-    passed_over = []
+    passed_over, texts = [], [*NASTY, *sample]
     for name in ROUTES if wanted == AUTO else (wanted,):
         try:
             route = open_route(tokenizer, name)
         except InputError as error:
             problem = error.fix
         else:
-            problem = (
-                None if name == REFERENCE else first_difference(route, ReferenceRoute(tokenizer), [*NASTY, *sample])
-            )
+            problem = None if name == REFERENCE else first_difference(route, ReferenceRoute(tokenizer), texts)
         if problem is None:
             return name, passed_over
         if wanted != AUTO:

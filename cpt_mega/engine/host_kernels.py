@@ -33,7 +33,7 @@ class HostAdam(torch.optim.Optimizer):
     """AdamW under a fused Adam's contract: ``step`` in the group, state exactly ``exp_avg`` and ``exp_avg_sq``.
 
     Plain ``torch.optim.AdamW`` keeps ``step`` in the state, which breaks the distributed optimizer's checkpoints. The
-    arithmetic is torch's own functional form, bit for bit. Keyword arguments that only a fused kernel knows
+    arithmetic is torch's own fused kernel for the CPU. Keyword arguments that only a fused kernel knows
     (``capturable`` in megatron-core 0.19) are accepted and have no meaning here.
     """
 
@@ -123,6 +123,7 @@ class _Tables:
     def of(
         self, cu_seqlens: Tensor, freqs: Tensor, cp_size: int, cp_rank: int, dtype: torch.dtype
     ) -> tuple[Tensor, ...]:
+        """Arguments as ``rotate_documents`` has them; made anew when the row, the angles or the place are others."""
         place = (cp_size, cp_rank, dtype)
         if (
             self._key is None

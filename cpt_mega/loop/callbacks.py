@@ -226,6 +226,7 @@ class Control(NullCallback):
         self.request, self.folder = request, folder
 
     def on_boundary(self, trainer: Trainer, tokens: int) -> None:
+        """Stops the run, or asks for a checkpoint, on all ranks when any of them was asked to."""
         mine = [self.request.name is not None, self.folder.asked(STOP), self.folder.asked(SAVE)]
         signalled, stop, save = trainer.engine.mesh.agree_max([int(asked) for asked in mine])
         trainer.save_requested = bool(save)

@@ -31,6 +31,7 @@ class Housekeeping(NullCallback):
         self._is_past_start = False
 
     def on_boundary(self, trainer: Trainer, tokens: int) -> None:
+        """What is due at this step; raises FaultError when replicas differ."""
         train, step = trainer.config.train, trainer.state.step
         if not self._is_past_start:
             trainer.engine.mesh.set_timeout(trainer.config.run.timeout_s)

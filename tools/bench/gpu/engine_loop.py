@@ -5,7 +5,6 @@
 
 import json
 import sys
-import time
 
 from cpt_mega.config.load import build_config
 from cpt_mega.config.schema import ParallelOptions
@@ -16,10 +15,10 @@ apply_environment(ParallelOptions(), False)  # before anything starts CUDA
 import torch  # noqa: E402
 
 from cpt_mega.data.rows import PackedRow  # noqa: E402
-from cpt_mega.engine.host import has_gpu  # noqa: E402
 from cpt_mega.engine.mesh import start_mesh, stop_mesh  # noqa: E402
 from cpt_mega.engine.precision import check_precision  # noqa: E402
 from cpt_mega.engine.step import Engine  # noqa: E402
+from cpt_mega.engine.timing import PhaseClock  # noqa: E402
 from cpt_mega.hf.shape import ModelShape  # noqa: E402
 
 
@@ -44,31 +43,25 @@ def timed(engine: Engine, rows: list[PackedRow], warmup: int, steps: int) -> dic
     count = engine.config.train.global_batch_size
     groups = [rows[start : start + count] for start in range(0, len(rows), count)]
     batches = [engine.prepare(count, group.__getitem__) for group in groups]  # the trainer has a thread for this
-    marks, losses, pending = [], [], None
+    clock, losses, pending = PhaseClock(), [], None
     for step in range(warmup + steps):
         launched = engine.train_step(batches[step % len(batches)], lambda peak, floor: peak)
-        marks.append(_mark())
+        clock.mark()
         if pending is not None:
             losses.append(pending.wait().loss)
         pending = launched
     losses.append(pending.wait().loss)
-    torch.cuda.synchronize()
-    times = [a.elapsed_time(b) if has_gpu() else 1000 * (b - a) for a, b in zip(marks, marks[1:], strict=False)]
-    return {"step_ms": times[warmup - 1 :], "first_loss": losses[0], "last_loss": losses[-1]}
+    return {
+        "step_ms": [1000 * seconds for seconds in clock.seconds()[warmup:]],
+        "first_loss": losses[0],
+        "last_loss": losses[-1],
+    }
 
 
 def _row(part: dict) -> PackedRow:
     """A micro-batch of one row, as ``bare_core.py`` reads it."""
     ids, labels, mask = (part[name].squeeze(0).numpy() for name in ("ids", "labels", "mask"))
     return PackedRow(ids, labels, mask, part["bounds"].diff().tolist())
-
-
-def _mark():
-    if not has_gpu():
-        return time.perf_counter()
-    event = torch.cuda.Event(enable_timing=True)
-    event.record()
-    return event
 
 
 if __name__ == "__main__":
