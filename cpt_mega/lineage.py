@@ -11,7 +11,7 @@ import os
 import subprocess
 import tempfile
 import uuid
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from importlib import metadata
 from pathlib import Path
 
@@ -31,6 +31,11 @@ def file_digest(path: str | os.PathLike) -> str:
 def text_digest(text: str) -> str:
     """SHA-256 of a string's UTF-8 bytes, as hex."""
     return hashlib.sha256(text.encode()).hexdigest()
+
+
+def combined_digest(digests: Sequence[str]) -> str:
+    """One digest for several in order; that of a single one is itself."""
+    return digests[0] if len(digests) == 1 else hashlib.sha256(b"".join(map(bytes.fromhex, digests))).hexdigest()
 
 
 def files_digest(folder: str | os.PathLike, names: Iterable[str]) -> str:

@@ -3,6 +3,7 @@
 
 import argparse
 import os
+import shlex
 import signal
 import sys
 from pathlib import Path
@@ -15,9 +16,19 @@ except ImportError:
 from rich.console import Console
 from rich.table import Table
 
-from cpt_mega.data.preprocess import BOS_POLICIES, PreprocessOptions, PreprocessReport, preprocess
+from cpt_mega.data.chat import ALL, MASKS
+from cpt_mega.data.preprocess import (
+    BOS_POLICIES,
+    CHAT_FIELD,
+    TEXT_FIELD,
+    PreprocessOptions,
+    PreprocessReport,
+    preprocess,
+)
 from cpt_mega.data.progress import EncodingProgress
 from cpt_mega.data.routes import AUTO, ROUTES
+from cpt_mega.data.sources import source_line
+from cpt_mega.data.units import PLANNERS
 from cpt_mega.errors import InputError
 
 INTERRUPTED, TERMINATED = 128 + signal.SIGINT, 128 + signal.SIGTERM
@@ -26,22 +37,37 @@ INTERRUPTED, TERMINATED = 128 + signal.SIGINT, 128 + signal.SIGTERM
 def parse_arguments() -> PreprocessOptions:
     """The command line as options; argparse and InputError both end in exit code 2."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--input", nargs="+", required=True, metavar="FILE", help="JSONL files, one document a line")
-    parser.add_argument("--tokenizer", required=True, metavar="DIR_OR_MODEL", help="HF folder or SentencePiece .model")
-    parser.add_argument("--output", required=True, metavar="PREFIX", help="path of the corpus without .bin and .idx")
-    parser.add_argument("--workers", type=int, default=len(os.sched_getaffinity(0)), help="processes (default: cores)")
-    parser.add_argument("--field", default="text", help="the key that holds the text (default: text)")
-    parser.add_argument("--bos", choices=BOS_POLICIES, default="auto", help="default: as the tokenizer itself does")
-    parser.add_argument("--encoder", choices=[AUTO, *ROUTES], default=AUTO, help="default: the fastest that is exact")
-    parser.add_argument("--max-reject-share", type=float, default=0.001, help="stop above it (default: 0.001)")
-    parser.add_argument("--reuse", action="store_true", help="keep an intact corpus that the same inputs made")
+    add = parser.add_argument
+    add("--input", nargs="+", required=True, metavar="PATH", help=f"files ({', '.join(PLANNERS)}), or folders of texts")
+    add("--tokenizer", required=True, metavar="DIR_OR_MODEL", help="HF folder or SentencePiece .model")
+    add("--output", required=True, metavar="PREFIX", help="path of the corpus without .bin and .idx")
+    add("--workers", type=int, default=len(os.sched_getaffinity(0)), help="processes (default: cores)")
+    add("--field", help=f"the key that holds the text (default: {TEXT_FIELD}; with --chat: {CHAT_FIELD})")
+    add("--include", nargs="+", default=["*"], metavar="GLOB", help="names of files taken from folders (default: all)")
+    add("--chat", action="store_true", help="documents are lists of messages; the tokenizer's template renders them")
+    add("--loss-mask", choices=MASKS, default=ALL, help="tokens of a chat that count for the loss (default: all)")
+    add("--bos", choices=BOS_POLICIES, default="auto", help="default: as the tokenizer itself does")
+    add("--encoder", choices=[AUTO, *ROUTES], default=AUTO, help="default: the fastest that is exact")
+    add("--max-reject-share", type=float, default=0.001, help="stop above it (default: 0.001)")
+    add("--shard", type=shard, metavar="I/N", help="make only shard I (from 0) of N; tools/merge_shards.py joins them")
+    add("--reuse", action="store_true", help="keep an intact corpus that the same inputs made")
     values = vars(parser.parse_args())
-    return PreprocessOptions(inputs=tuple(values.pop("input")), **values)
+    return PreprocessOptions(inputs=tuple(values.pop("input")), include=tuple(values.pop("include")), **values)
+
+
+def shard(words: str) -> tuple[int, int]:
+    """``I/N`` as numbers."""
+    index, shards = words.split("/")
+    return int(index), int(shards)
 
 
 def show(report: PreprocessReport, console: Console) -> None:
     """The closing table and the line for the configuration."""
     manifest, input_bytes = report.manifest, sum(source["bytes"] for source in report.manifest.sources)
+    if report.taken_up_bytes:
+        console.print(
+            f"{report.taken_up_bytes / 1e6:,.1f} MB had been encoded before; the rest was now", highlight=False
+        )
     if report.reused:
         console.print(f"{report.prefix}: made of the same inputs by the same tokenizer; kept as it is (--reuse)")
     for problem in report.passed_over:
@@ -50,36 +76,41 @@ def show(report: PreprocessReport, console: Console) -> None:
         console.print(f"rejected {reject}", style="yellow", markup=False)
     table = Table(title=report.prefix, show_header=False)
     reasons = ", ".join(f"{count:,} {reason}" for reason, count in report.rejects_by_reason.items())
-    rates = f"{input_bytes / 1e6 / report.seconds:.1f} MB/s, {manifest.tokens / report.seconds:,.0f} tokens/s"
+    rate = f"{(input_bytes - report.taken_up_bytes) / 1e6 / report.seconds:.1f} MB/s"
     rows = {
         "documents": f"{manifest.documents:,}",
         "rejects": f"{manifest.rejects:,}" + (f" ({reasons})" if reasons else ""),
         "tokens": f"{manifest.tokens:,} as {manifest.dtype}, EOS {manifest.eos_id}, BOS {manifest.bos_id}",
-        "tokens per document": f"{manifest.tokens / manifest.documents:,.1f}",
-        "bytes per token": f"{manifest.token_bytes / manifest.tokens:.2f}",
-        "time": f"{report.seconds:.1f} s" + ("" if report.reused else f", {rates}, by {report.route}"),
+        "tokens per document": f"{manifest.tokens / max(manifest.documents, 1):,.1f}",
+        "bytes per token": f"{manifest.token_bytes / max(manifest.tokens, 1):.2f}",
+        "loss mask": f"{manifest.loss_mask} tokens",
+        "time": f"{report.seconds:.1f} s" + ("" if report.reused else f", {rate}, by {report.route}"),
     }
     for name, value in rows.items():
         table.add_row(name, value)
     console.print(table)
     counts = f"{report.documents_in:,} = {manifest.documents:,} + {manifest.rejects:,}"
     console.out(f"documents in = documents out + rejects: {counts}", highlight=False)
-    path = Path(report.prefix).resolve()
-    console.print("For data.sources in the configuration (a held-out corpus goes into eval.sets):")
-    console.out(f"  - {{name: {path.name}, path: {path}, role: domain}}   # or replay, instruct", highlight=False)
+    if manifest.shard:
+        console.out(f"shard {manifest.shard[0]} of {manifest.shard[1]}; when all are there:", highlight=False)
+        prefix = report.prefix.rpartition(".shard-")[0]
+        console.out(f"next: python tools/merge_shards.py {shlex.quote(prefix)}", highlight=False)
+    else:
+        console.print("For data.sources in the configuration (a held-out corpus goes into eval.sets):")
+        console.out(f"  - {source_line(report.prefix)}   # or replay, instruct", highlight=False)
 
 
 def main() -> int:
     """Runs the tool; returns its exit code."""
-    # As an exception, so that what was begun is removed.
+    # As an exception, so that workers end in order.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(TERMINATED))
     try:
         options = parse_arguments()
-        with EncodingProgress(sum(os.path.getsize(path) for path in options.inputs)) as progress:
-            report = preprocess(options, progress.advance)
+        with EncodingProgress() as progress:
+            report = preprocess(options, progress)
         show(report, Console())
     except KeyboardInterrupt:
-        print("interrupted; nothing was written", file=sys.stderr)
+        print("interrupted; the same command goes on from here", file=sys.stderr)
         return INTERRUPTED
     except InputError as error:
         print(f"error: {error}", file=sys.stderr)

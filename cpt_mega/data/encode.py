@@ -1,135 +1,101 @@
-"""Chunks of documents to tokens, in as many processes as asked, in the order they came."""
+"""Documents to tokens, as a corpus stores them."""
 
-import contextlib
 import os
-import signal
-import threading
-from collections import deque
-from collections.abc import Iterator
-from concurrent.futures import ProcessPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
-from multiprocessing import get_context
+from typing import Protocol
 
 import numpy as np
 
 from cpt_mega.data.indexed import token_dtype
-from cpt_mega.data.readers import Chunk, Document
-from cpt_mega.data.rejects import Reject
-from cpt_mega.data.routes import REFERENCE, open_route
+from cpt_mega.data.readers import Batch, Document
+from cpt_mega.data.rejects import EMPTY, Reject
+from cpt_mega.data.routes import Route
 from cpt_mega.data.tokenizer import TextTokenizer
 from cpt_mega.errors import InputError
 
-CHUNKS_AHEAD = 3  # per worker: enough to keep all busy, and what bounds the memory
-DEFERRED = (signal.SIGINT, signal.SIGTERM)
+# A process encodes in one thread: with more, the processes of one machine would fight for its cores, and a process
+# forked from one with threads can hang.
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 
 @dataclass(frozen=True)
-class EncodedChunk:
-    """Documents of a chunk as tokens [sum of lengths] and lengths [documents], with what was left out."""
+class EncodedBatch:
+    """Documents of a batch as they are stored, and what was left out.
+
+    Attributes:
+        tokens: [sum of lengths], in the corpus' dtype.
+        lengths: int64 [documents].
+        mask: uint8 [sum of lengths], 1 for a target that counts; None where all do.
+        kept: the documents that the lengths are of.
+        text_bytes: UTF-8 bytes of their text.
+        rejects: in order.
+        lines, input_bytes: see Batch.
+    """
 
     tokens: np.ndarray
     lengths: np.ndarray
+    mask: np.ndarray | None
+    kept: list[Document]
     text_bytes: int
-    input_bytes: int
     rejects: list[Reject]
+    lines: int
+    input_bytes: int
 
 
-class ChunkEncoder:
-    """Parses and encodes chunks.
+class DocumentEncoder(Protocol):
+    """Turns batches of documents into tokens; a process has one."""
+
+    dtype: np.dtype
+
+    def __call__(self, batch: Batch) -> EncodedBatch:
+        """Raises InputError when the encoder gives ids that are no tokens."""
+
+
+class TextDocuments:
+    """Encodes plain text.
 
     Args:
-        tokenizer: path that ``TextTokenizer.load`` takes; loaded here, because encoders do not travel to workers.
+        tokenizer: whose ids they are.
         bos: whether BOS begins every document.
-        route: a name of ``routes.ROUTES``, proved before.
+        route: from texts to ids, proved before.
     """
 
-    def __init__(self, tokenizer: str, bos: bool, route: str = REFERENCE):
-        # A worker is one thread: with more, workers of one machine would fight for its cores.
-        os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-        self.tokenizer, self.bos = TextTokenizer.load(tokenizer), bos
-        self.route = open_route(self.tokenizer, route)
-        self.dtype = token_dtype(self.tokenizer.vocab_size)
+    def __init__(self, tokenizer: TextTokenizer, bos: bool, route: Route):
+        self.tokenizer, self.bos, self.route = tokenizer, bos, route
+        self.dtype = token_dtype(tokenizer.vocab_size)
 
-    def __call__(self, chunk: Chunk) -> EncodedChunk:
-        parsed = list(chunk.parse())
-        documents = [item for item in parsed if isinstance(item, Document)]
-        rejects = [item for item in parsed if isinstance(item, Reject)]
-        ids, counts = self.route.encode([document.text for document in documents])
-        self._check_range(ids)
-        tokens, lengths, kept = self.tokenizer.stored_documents(ids.astype(self.dtype, copy=False), counts, self.bos)
-        text_bytes = sum(len(documents[index].text.encode()) for index in kept)
-        if len(kept) < len(documents):
-            empty = set(range(len(documents))).difference(kept.tolist())
-            rejects += [documents[index].rejected("empty") for index in empty]
-        rejects.sort(key=lambda reject: reject.line)
-        return EncodedChunk(tokens, lengths, text_bytes, chunk.input_bytes, rejects)
-
-    def _check_range(self, ids: np.ndarray) -> None:
-        """An encoder that was exact on a sample may still err; what does not fit would be stored as another token."""
-        if ids.size and ids.max() >= self.tokenizer.vocab_size:
-            fix = f"outside the vocabulary of {self.tokenizer.vocab_size}; use --encoder reference, and report it"
-            raise InputError("token id", int(ids.max()), fix)
+    def __call__(self, batch: Batch) -> EncodedBatch:
+        """See DocumentEncoder."""
+        documents = batch.documents
+        ids, counts = self.route.encode([document.content for document in documents])
+        check_ids(ids, self.tokenizer.vocab_size)
+        ids = ids.view(self.dtype) if ids.dtype.itemsize == self.dtype.itemsize else ids.astype(self.dtype)
+        tokens, lengths, kept = self.tokenizer.stored_documents(ids, counts, self.bos)
+        stored = [documents[index] for index in kept]
+        size = sum(_utf8_size(document.content) for document in stored)
+        return EncodedBatch(
+            tokens, lengths, None, stored, size, left_out(batch, stored), batch.lines, batch.input_bytes
+        )
 
 
-def encode_chunks(
-    chunks: Iterator[Chunk], tokenizer: str, bos: bool, workers: int, route: str = REFERENCE
-) -> Iterator[EncodedChunk]:
-    """Encodes chunks in order; the result does not depend on the number of workers.
+def check_ids(ids: np.ndarray, vocab_size: int) -> None:
+    """Raises InputError for an id outside the vocabulary.
 
-    Raises InputError when the tokenizer cannot be loaded or a worker is killed.
+    An encoder that was exact on a sample may still err; what does not fit would be stored as another token.
     """
-    if workers == 1:
-        yield from map(ChunkEncoder(tokenizer, bos, route), chunks)
-        return
-    # Not forked: a forked tokenizer can deadlock on its threads.
-    pool = ProcessPoolExecutor(workers, get_context("spawn"), _start_worker, (tokenizer, bos, route))
-    try:
-        yield from _in_order(pool, chunks, CHUNKS_AHEAD * workers)
-    except BrokenProcessPool as error:
-        fix = "a worker died, most likely killed for its memory; use fewer"
-        raise InputError("--workers", workers, fix) from error
-    finally:
-        pool.shutdown(cancel_futures=True)
+    if ids.size and ids.max() >= vocab_size:
+        fix = f"outside the vocabulary of {vocab_size}; use --encoder reference, and report it"
+        raise InputError("token id", int(ids.max()), fix)
 
 
-def _in_order(pool: ProcessPoolExecutor, chunks: Iterator[Chunk], ahead: int) -> Iterator[EncodedChunk]:
-    pending = deque()
-    for chunk in chunks:
-        with _signals_deferred():  # the pool starts its workers one by one as chunks come
-            pending.append(pool.submit(_encode, chunk))
-        if len(pending) > ahead:
-            yield pending.popleft().result()
-    while pending:
-        yield pending.popleft().result()
+def left_out(batch: Batch, stored: list[Document]) -> list[Reject]:
+    """What a batch holds beside the documents that are stored, in order; documents that are not, as empty ones."""
+    if len(stored) == len(batch.items):
+        return []
+    kept = set(map(id, stored))
+    others = (item for item in batch.items if id(item) not in kept)
+    return [item if isinstance(item, Reject) else item.rejected(EMPTY) for item in others]
 
 
-@contextlib.contextmanager
-def _signals_deferred() -> Iterator[None]:
-    """Lets a worker start undisturbed: a signal in between would leave it half started, to die with a traceback.
-
-    Workers inherit the blocked SIGINT: Ctrl-C reaches this process alone, which then ends them in order.
-    """
-    if threading.current_thread() is not threading.main_thread():  # no handler runs here, and none may be set
-        yield
-        return
-    caught = []
-    handlers = {number: signal.signal(number, lambda *args: caught.append(args[0])) for number in DEFERRED}
-    mask = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
-    try:
-        yield
-    finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, mask)
-        for number, handler in handlers.items():
-            signal.signal(number, handler)
-        for number in caught[:1]:
-            signal.raise_signal(number)
-
-
-def _start_worker(tokenizer: str, bos: bool, route: str) -> None:
-    global _worker
-    _worker = ChunkEncoder(tokenizer, bos, route)
-
-
-def _encode(chunk: Chunk) -> EncodedChunk:
-    return _worker(chunk)
+def _utf8_size(text: str) -> int:
+    return len(text) if text.isascii() else len(text.encode())

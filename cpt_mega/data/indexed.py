@@ -9,11 +9,11 @@ Core reads an index as it comes; here every number in it is checked against the 
 a damaged or mismatched index otherwise shows as strange text in the middle of a run.
 """
 
-import contextlib
 import hashlib
+import json
 import os
 import struct
-import tempfile
+from bisect import bisect_right
 from collections.abc import Iterator
 from functools import cached_property
 from pathlib import Path
@@ -28,7 +28,7 @@ HEADER = struct.Struct("<9sQBQQ")
 DTYPES = {1: np.uint8, 2: np.int8, 3: np.int16, 4: np.int32, 5: np.int64, 8: np.uint16}
 CODES = {np.dtype(dtype): code for code, dtype in DTYPES.items()}
 UINT16_VOCAB_LIMIT = 65500  # megatron-core's own limit (DType.optimal_dtype)
-MAX_SEQUENCE_TOKENS = np.iinfo(np.int32).max
+BLOCK_TOKENS = 1 << 22  # of a block that is read, hashed or written at once
 
 
 def token_dtype(vocab_size: int) -> np.dtype:
@@ -41,8 +41,26 @@ def corpus_files(prefix: str | os.PathLike) -> tuple[Path, Path]:
     return Path(f"{prefix}.bin"), Path(f"{prefix}.idx")
 
 
+def mask_path(prefix: str | os.PathLike) -> Path:
+    """``PREFIX.mask.bin``: a byte a token, 1 where it counts for the loss as a target; absent where all do."""
+    return Path(f"{prefix}.mask.bin")
+
+
+def documents_path(prefix: str | os.PathLike) -> Path:
+    """``PREFIX.documents.jsonl``: a line about each document, in order, where the inputs were folders."""
+    return Path(f"{prefix}.documents.jsonl")
+
+
+def shards_path(prefix: str | os.PathLike) -> Path:
+    """``PREFIX.shards.json``: the names of the shards of a corpus that lies in several, as a list."""
+    return Path(f"{prefix}.shards.json")
+
+
 class IndexedCorpus:
     """A memory-mapped corpus; opening it costs the index, reading it costs what is read.
+
+    It lies in one pair of files, or in several that ``PREFIX.shards.json`` names, one behind the other; no document
+    crosses from one to the next.
 
     Args:
         prefix: path without ``.bin`` and ``.idx``.
@@ -53,47 +71,154 @@ class IndexedCorpus:
 
     def __init__(self, prefix: str | os.PathLike):
         self.prefix = str(prefix)
-        self.dtype, lengths, offsets, document_indices = _read_index(self.prefix)
-        # starts[i]: first token of document i within the .bin; one more entry closes the last document
-        edges = np.append(offsets // self.dtype.itemsize, lengths.sum(dtype=np.int64))
-        self._starts = edges[document_indices]
-        self.tokens = int(edges[-1])
-        self.documents = len(document_indices) - 1
-        # An empty file cannot be mapped
-        self._tokens = np.memmap(f"{self.prefix}.bin", self.dtype, "r") if self.tokens else np.empty(0, self.dtype)
+        self.shards = [_Shard(shard) for shard in shard_prefixes(self.prefix)]
+        self.dtype, self.has_mask = self.shards[0].dtype, self.shards[0].mask is not None
+        for shard in self.shards:
+            if (shard.dtype, shard.mask is not None) != (self.dtype, self.has_mask):
+                fix = f"its dtype or its loss mask differs from those of {self.shards[0].prefix}; preprocess it again"
+                raise InputError(str(shards_path(self.prefix)), shard.prefix, fix)
+        self._first_documents = np.cumsum([0, *(shard.documents for shard in self.shards)]).tolist()
+        self.documents = self._first_documents[-1]
+        self.tokens = sum(shard.tokens for shard in self.shards)
 
     @cached_property
     def document_lengths(self) -> np.ndarray:
         """Tokens of each document, int64 [documents]."""
-        return np.diff(self._starts)
+        return np.concatenate([np.diff(shard.starts) for shard in self.shards])
 
     @cached_property
     def ends(self) -> tuple[np.ndarray, np.ndarray]:
         """First and last token of each document, int64 [documents] each; -1 where a document is empty."""
-        found, filled = [], self.document_lengths > 0
-        for places in (self._starts[:-1], self._starts[1:] - 1):
-            tokens = np.full(self.documents, -1, np.int64)
-            tokens[filled] = self._tokens[places[filled]]
-            found.append(tokens)
-        return found[0], found[1]
+        return tuple(np.concatenate(parts) for parts in zip(*(shard.ends() for shard in self.shards), strict=True))
 
     def blocks(self, tokens: int = 1 << 22) -> Iterator[np.ndarray]:
-        """All tokens in order, as stored, in blocks of so many."""
-        for start in range(0, self.tokens, tokens):
-            yield np.asarray(self._tokens[start : start + tokens])
+        """All tokens in order, as stored, in blocks of at most so many."""
+        for shard in self.shards:
+            for start in range(0, shard.tokens, tokens):
+                yield np.asarray(shard.ids[start : start + tokens])
 
     def read(self, document: int, start: int, length: int) -> np.ndarray:
         """Tokens ``start`` to ``start + length`` of one document, a copy, int64 [length].
 
         Raises InputError when the document does not hold them.
         """
+        shard, first = self._place(document, start, length)
+        return shard.ids[first : first + length].astype(np.int64)
+
+    def read_mask(self, document: int, start: int, length: int) -> np.ndarray:
+        """1 for each of the tokens that ``read`` gives that counts for the loss as a target, uint8 [length].
+
+        All ones where the corpus has no mask. Raises InputError when the document does not hold them.
+        """
+        shard, first = self._place(document, start, length)
+        return np.ones(length, np.uint8) if shard.mask is None else np.array(shard.mask[first : first + length])
+
+    def digest_part(self, first: int, documents: int) -> str:
+        """``part_digest`` of so many documents from the first on, as they are stored; they may lie in several shards."""
+        digest, last = PartDigest(), first + documents
+        for shard, begin in zip(self.shards, self._first_documents, strict=False):
+            low, high = max(first, begin) - begin, min(last, begin + shard.documents) - begin
+            if low < high:
+                shard.add_to(digest, low, high)
+        return digest.hexdigest()
+
+    def _place(self, document: int, start: int, length: int) -> tuple["_Shard", int]:
+        """The shard a document is in, and the place of its token ``start`` there."""
         if not 0 <= document < self.documents:
             raise InputError(f"{self.prefix}.idx document", document, f"the corpus holds {self.documents} documents")
-        first = int(self._starts[document]) + start
-        if start < 0 or length < 0 or first + length > self._starts[document + 1]:
+        index = bisect_right(self._first_documents, document) - 1
+        shard, within = self.shards[index], document - self._first_documents[index]
+        first = int(shard.starts[within]) + start
+        if start < 0 or length < 0 or first + length > shard.starts[within + 1]:
             fix = f"document {document} holds {self.document_lengths[document]} tokens; plan over this very corpus"
             raise InputError(f"{self.prefix}.idx range", (start, length), fix)
-        return self._tokens[first : first + length].astype(np.int64)
+        return shard, first
+
+
+class _Shard:
+    """One ``.bin`` and ``.idx``, with its ``.mask.bin`` if there is one; ``starts[i]`` is the first token of document i."""
+
+    def __init__(self, prefix: str):
+        self.prefix = prefix
+        self.dtype, lengths, offsets, document_indices = _read_index(prefix)
+        edges = np.append(offsets // self.dtype.itemsize, lengths.sum(dtype=np.int64))  # one more closes the last
+        self.starts = edges[document_indices]
+        self.tokens, self.documents = int(edges[-1]), len(document_indices) - 1
+        self.ids = _mapped(corpus_files(prefix)[0], self.dtype, self.tokens)
+        self.mask = self._open_mask(mask_path(prefix))
+
+    def _open_mask(self, path: Path) -> np.ndarray | None:
+        if not path.is_file():
+            return None
+        if path.stat().st_size != self.tokens:
+            fix = f"a loss mask holds a byte for each of the {self.tokens} tokens; preprocess again"
+            raise InputError(str(path), f"{path.stat().st_size} bytes", fix)
+        return _mapped(path, np.dtype(np.uint8), self.tokens)
+
+    def ends(self) -> tuple[np.ndarray, np.ndarray]:
+        """See IndexedCorpus."""
+        found, filled = [], np.diff(self.starts) > 0
+        for places in (self.starts[:-1], self.starts[1:] - 1):
+            tokens = np.full(self.documents, -1, np.int64)
+            tokens[filled] = self.ids[places[filled]]
+            found.append(tokens)
+        return found[0], found[1]
+
+    def add_to(self, digest: "PartDigest", low: int, high: int) -> None:
+        """Documents ``low`` to ``high`` of this shard."""
+        lengths = np.diff(self.starts[low : high + 1])
+        for first in range(int(self.starts[low]), int(self.starts[high]), BLOCK_TOKENS):
+            last = min(first + BLOCK_TOKENS, int(self.starts[high]))
+            digest.add(self.ids[first:last], None if self.mask is None else self.mask[first:last])
+        digest.add_lengths(lengths)
+
+
+class PartDigest:
+    """SHA-256 of a part of a corpus: over the digests of its tokens as stored, its lengths (int32) and its mask, if any.
+
+    It does not depend on how the part is cut into blocks or files.
+    """
+
+    def __init__(self):
+        self._tokens, self._lengths, self._mask = hashlib.sha256(), hashlib.sha256(), None
+
+    def add(self, tokens: np.ndarray, mask: np.ndarray | None = None) -> None:
+        """Tokens in the corpus' dtype, and their mask."""
+        self._tokens.update(np.ascontiguousarray(tokens))
+        if mask is not None:
+            self._mask = self._mask or hashlib.sha256()
+            self._mask.update(np.ascontiguousarray(mask))
+
+    def add_lengths(self, lengths: np.ndarray) -> None:
+        """Tokens of each document."""
+        self._lengths.update(lengths.astype("<i4"))
+
+    def hexdigest(self) -> str:
+        """Of everything added so far."""
+        parts = [self._tokens, self._lengths, *([self._mask] if self._mask else [])]
+        return hashlib.sha256(b"".join(part.digest() for part in parts)).hexdigest()
+
+
+def _mapped(path: Path, dtype: np.dtype, length: int) -> np.ndarray:
+    # an empty file cannot be mapped
+    return np.memmap(path, dtype, "r") if length else np.empty(0, dtype)
+
+
+def shard_prefixes(prefix: str) -> list[str]:
+    """The prefixes of the files that hold a corpus: itself, or those that ``PREFIX.shards.json`` names beside it.
+
+    Raises InputError when that file is not a list of names.
+    """
+    path = shards_path(prefix)
+    if corpus_files(prefix)[1].is_file() or not path.is_file():
+        return [prefix]
+    try:
+        names = json.loads(path.read_text())
+    except (ValueError, OSError) as error:
+        raise InputError("shards", str(path), f"cannot be read ({error}); run tools/merge_shards.py again") from error
+    if not (isinstance(names, list) and names and all(isinstance(name, str) for name in names)):
+        raise InputError("shards", str(path), "is not a list of names; run tools/merge_shards.py again")
+    return [str(path.parent / name) for name in names]
 
 
 def _read_index(prefix: str) -> tuple[np.dtype, np.ndarray, np.ndarray, np.ndarray]:
@@ -165,93 +290,3 @@ def _check_documents(idx_path: Path, document_indices: np.ndarray, sequences: in
     if backward.any():
         at = int(np.argmax(backward))
         raise InputError(str(idx_path), int(document_indices[at + 1]), f"document {at} ends before it begins")
-
-
-class IndexedCorpusWriter:
-    """Writes a corpus under temporary names and renames it at the end of a ``with`` block; nothing is left on error.
-
-    Args:
-        prefix: path without ``.bin`` and ``.idx``; its folder is made.
-        dtype: how tokens are stored, one of Megatron's integer types (``token_dtype``).
-
-    Raises:
-        InputError: a token does not fit the dtype, or a document does not fit the format's int32 lengths.
-    """
-
-    def __init__(self, prefix: str | os.PathLike, dtype: np.dtype | type):
-        self.dtype = np.dtype(dtype)
-        if self.dtype not in CODES:
-            raise InputError("dtype", str(self.dtype), f"give one of {', '.join(map(str, CODES))}")
-        self.bin_path, self.idx_path = corpus_files(prefix)
-        self.documents = self.tokens = 0
-        self._content = hashlib.sha256()
-        self._lengths: list[np.ndarray] = []
-
-    def __enter__(self) -> "IndexedCorpusWriter":
-        self.bin_path.parent.mkdir(parents=True, exist_ok=True)
-        self._bin, self._idx = _temporary_beside(self.bin_path), _temporary_beside(self.idx_path)
-        return self
-
-    def __exit__(self, error_type: type | None, error: BaseException | None, trace: object) -> None:
-        try:
-            if error_type is None:
-                self._commit()
-        finally:
-            for stream in (self._bin, self._idx):
-                stream.close()
-                with contextlib.suppress(FileNotFoundError):
-                    os.unlink(stream.name)
-
-    def add(self, tokens: np.ndarray | list[int]) -> None:
-        """Appends one document of token ids [length]."""
-        tokens = np.asarray(tokens)
-        self.add_many(tokens, np.array([tokens.size]))
-
-    def add_many(self, tokens: np.ndarray, lengths: np.ndarray) -> None:
-        """Appends documents that lie one behind the other: token ids [sum of lengths], lengths [documents]."""
-        if lengths.sum() != tokens.size:
-            raise InputError("lengths", int(lengths.sum()), f"document lengths must sum to the {tokens.size} tokens")
-        if lengths.max(initial=0) > MAX_SEQUENCE_TOKENS:
-            fix = f"a document may hold {MAX_SEQUENCE_TOKENS} tokens in this format; split it"
-            raise InputError("document length", int(lengths.max()), fix)
-        self._write(self._bin, self._stored(tokens).tobytes())
-        self._lengths.append(lengths.astype("<i4"))
-        self.documents += len(lengths)
-        self.tokens += tokens.size
-
-    @property
-    def content_digest(self) -> str:
-        """SHA-256 over the bytes of ``.bin`` followed by those of ``.idx``, as hex; final after the ``with`` block."""
-        return self._content.hexdigest()
-
-    def _write(self, stream: tempfile._TemporaryFileWrapper, data: bytes) -> None:
-        stream.write(data)
-        self._content.update(data)
-
-    def _stored(self, tokens: np.ndarray) -> np.ndarray:
-        if tokens.dtype == self.dtype or not tokens.size:
-            return tokens.astype(self.dtype, copy=False)
-        limits = np.iinfo(self.dtype)
-        low, high = int(tokens.min()), int(tokens.max())
-        if low < limits.min or high > limits.max:
-            raise InputError("token id", low if low < limits.min else high, f"does not fit {self.dtype}")
-        return tokens.astype(self.dtype)
-
-    def _commit(self) -> None:
-        lengths = np.concatenate([np.empty(0, "<i4"), *self._lengths])
-        sizes = lengths.astype("<i8") * self.dtype.itemsize
-        self._write(self._idx, HEADER.pack(MAGIC, VERSION, CODES[self.dtype], len(lengths), len(lengths) + 1))
-        for part in (lengths, np.cumsum(sizes) - sizes, np.arange(len(lengths) + 1, dtype="<i8")):
-            self._write(self._idx, part.tobytes())
-        for stream in (self._bin, self._idx):
-            stream.flush()
-            os.fsync(stream.fileno())
-            os.chmod(stream.name, 0o644)
-        # Without an index there is no corpus: a reader never sees the new tokens under the old index.
-        self.idx_path.unlink(missing_ok=True)
-        os.replace(self._bin.name, self.bin_path)
-        os.replace(self._idx.name, self.idx_path)
-
-
-def _temporary_beside(path: Path) -> tempfile._TemporaryFileWrapper:
-    return tempfile.NamedTemporaryFile("wb", dir=path.parent, prefix=f".{path.name}.", delete=False)

@@ -8,10 +8,17 @@ import numpy as np
 
 from cpt_mega import __version__
 from cpt_mega.data.indexed import IndexedCorpus
-from cpt_mega.data.manifest import CorpusManifest, content_digest, load_manifest, manifest_path
+from cpt_mega.data.manifest import (
+    CorpusManifest,
+    changed_sources,
+    damaged_parts,
+    load_manifest,
+    manifest_path,
+    parts_digest,
+)
 from cpt_mega.data.tokenizer import TextTokenizer
+from cpt_mega.data.units import plan_units, shard_of, survey
 from cpt_mega.errors import InputError
-from cpt_mega.lineage import file_digest
 
 Progress = Callable[[int, int], None]
 
@@ -81,11 +88,10 @@ def find_problems(corpus: IndexedCorpus, progress: Progress = lambda done, total
         manifest.check_against(corpus)
     except InputError as error:
         problems.append(str(error))
-    digest = content_digest(corpus.prefix, progress)
-    if digest != manifest.content_digest:
-        problems.append(f"the files' digest is {digest[:12]}, the manifest's {manifest.content_digest[:12]}")
+        return problems
+    problems += damaged_parts(corpus, manifest, progress)
     problems += _wrong_tokens(corpus, manifest.vocab_size, manifest.eos_id, manifest.bos_id)
-    return problems + _changed_sources(manifest.sources)
+    return problems + _changed_sources(manifest)
 
 
 def make_manifest(
@@ -103,6 +109,8 @@ def make_manifest(
     if problems:
         fix = "; ".join(problems) + ". Preprocess again with this tokenizer, or train on the files without a manifest"
         raise InputError("--write-manifest", corpus.prefix, fix)
+    part = {"documents": corpus.documents, "tokens": corpus.tokens, "sha256": corpus.digest_part(0, corpus.documents)}
+    progress(corpus.tokens, corpus.tokens)
     return CorpusManifest(
         tokenizer_digest=tokenizer.digest,
         vocab_size=tokenizer.vocab_size,
@@ -111,9 +119,11 @@ def make_manifest(
         dtype=corpus.dtype.name,
         documents=corpus.documents,
         tokens=corpus.tokens,
-        content_digest=content_digest(corpus.prefix, progress),
+        content_digest=parts_digest([part]),
+        parts=[part],
         sources=[],
         tool_version=__version__,
+        loss_mask="assistant" if corpus.has_mask else "all",
     )
 
 
@@ -131,11 +141,12 @@ def _wrong_tokens(corpus: IndexedCorpus, vocab_size: int, eos_id: int, bos_id: i
     return problems
 
 
-def _changed_sources(sources: list[dict]) -> list[str]:
+def _changed_sources(manifest: CorpusManifest) -> list[str]:
     """Sources that are there and are not what they were. One that is gone is no fault of the corpus."""
-    there = [source for source in sources if os.path.isfile(source["path"])]
-    return [
-        f"source {source['path']} has changed since"
-        for source in there
-        if file_digest(source["path"]) != source["sha256"]
-    ]
+    sources = manifest.sources
+    if not sources or not all(os.path.exists(source["path"]) for source in sources):
+        return []
+    inputs = [survey([source["path"]], source.get("include", ("*",)))[0] for source in sources]
+    units = plan_units(inputs)
+    units = shard_of(units, *manifest.shard) if manifest.shard else units
+    return [f"source {path} has changed since" for path in changed_sources(manifest, units)]

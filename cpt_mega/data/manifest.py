@@ -1,17 +1,17 @@
 """``PREFIX.manifest.json``: what a corpus was made of, by which tokenizer, and how to recognise it."""
 
-import hashlib
 import json
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import MISSING, asdict, dataclass, fields
 from pathlib import Path
+from types import UnionType
+from typing import get_args, get_origin
 
-from cpt_mega.data.indexed import IndexedCorpus, corpus_files
+from cpt_mega.data.indexed import IndexedCorpus, mask_path
+from cpt_mega.data.readers import Unit
 from cpt_mega.errors import InputError
-from cpt_mega.lineage import write_json
-
-BLOCK_BYTES = 1 << 20
+from cpt_mega.lineage import combined_digest, write_json
 
 
 @dataclass(frozen=True)
@@ -25,11 +25,17 @@ class CorpusManifest:
         bos_id: the token that begins every document; None when none is added.
         dtype: numpy name of the stored tokens.
         documents, tokens: counts of the corpus; tokens include BOS and EOS.
-        content_digest: SHA-256 over ``.bin`` followed by ``.idx``.
-        sources: one ``{"path", "bytes", "sha256", "field"}`` per input file.
+        content_digest: SHA-256 over the digests of the parts; the same however many shards hold the corpus.
+        parts: documents that were digested together, in order, and the bytes of an input that they came from:
+            ``{"documents", "tokens", "sha256", "rejects", "source", "source_bytes", "source_sha256"}``, where ``sha256``
+            is a ``PartDigest`` and ``source`` an index into ``sources``.
+        sources: one ``{"path", "bytes", "sha256", "field"}`` per input; the digest is over those of its parts. For a
+            folder also ``include``, the patterns its files were chosen by.
         tool_version: of this project.
         token_bytes: UTF-8 bytes of the text, for bits per byte; None when it is not known.
-        rejects: documents of the sources that are not in the corpus.
+        rejects: documents of the sources that are not in the corpus; ``empty`` ones of them had no text.
+        loss_mask: which tokens count for the loss as targets: ``all``, or ``assistant`` with a mask beside the tokens.
+        shard: ``[index, shards]`` when this is one of several.
     """
 
     tokenizer_digest: str
@@ -40,10 +46,14 @@ class CorpusManifest:
     documents: int
     tokens: int
     content_digest: str
+    parts: list[dict]
     sources: list[dict]
     tool_version: str
     token_bytes: int | None = None
     rejects: int = 0
+    empty: int = 0
+    loss_mask: str = "all"
+    shard: list[int] | None = None
 
     def write(self, prefix: str | os.PathLike) -> None:
         """Writes the sidecar of ``prefix``, whole or not at all."""
@@ -55,6 +65,9 @@ class CorpusManifest:
             if getattr(self, name) != found:
                 fix = f"the corpus beside it has {found}; remove a manifest of another corpus, or preprocess again"
                 raise InputError(f"{manifest_path(corpus.prefix)} {name}", getattr(self, name), fix)
+        if (self.loss_mask != "all") != corpus.has_mask:
+            fix = f"{mask_path(corpus.prefix)} is {'there' if corpus.has_mask else 'missing'}; preprocess again"
+            raise InputError(f"{manifest_path(corpus.prefix)} loss_mask", self.loss_mask, fix)
 
 
 def manifest_path(prefix: str | os.PathLike) -> Path:
@@ -62,20 +75,51 @@ def manifest_path(prefix: str | os.PathLike) -> Path:
     return Path(f"{prefix}.manifest.json")
 
 
-def content_digest(prefix: str | os.PathLike, progress: Callable[[int, int], None] = lambda done, total: None) -> str:
-    """SHA-256 over the bytes of ``PREFIX.bin`` followed by those of ``PREFIX.idx``, as hex.
+def parts_digest(parts: list[dict]) -> str:
+    """``content_digest`` of a corpus of these parts."""
+    return combined_digest([part["sha256"] for part in parts])
 
-    ``progress(bytes_done, bytes_in_all)`` is called on the way.
+
+def describe_sources(sources: list[dict], parts: list[dict]) -> list[dict]:
+    """The sources with their sizes and digests, as far as the parts were made of them."""
+    described = []
+    for index, source in enumerate(sources):
+        own = [part for part in parts if part["source"] == index]
+        digest = combined_digest([part["source_sha256"] for part in own])
+        described.append(source | {"bytes": sum(part["source_bytes"] for part in own), "sha256": digest})
+    return described
+
+
+def strip_measures(sources: list[dict]) -> list[dict]:
+    """The sources without what ``describe_sources`` adds."""
+    return [{key: value for key, value in source.items() if key not in ("bytes", "sha256")} for source in sources]
+
+
+def changed_sources(manifest: CorpusManifest, units: Sequence[Unit]) -> list[str]:
+    """Paths of sources that are not what the parts were made of; all of them when they make other units."""
+    if len(units) != len(manifest.parts):
+        return [source["path"] for source in manifest.sources]
+    pairs = zip(units, manifest.parts, strict=True)
+    return sorted({unit.path for unit, part in pairs if unit.digest() != part["source_sha256"]})
+
+
+def damaged_parts(
+    corpus: IndexedCorpus, manifest: CorpusManifest, progress: Callable[[int, int], None] = lambda done, total: None
+) -> list[str]:
+    """A sentence for every part whose documents are not what its digest says.
+
+    ``progress(tokens_done, tokens_in_all)`` is called on the way. The counts must be those of the corpus.
     """
-    total, done = hashlib.sha256(), 0
-    size = sum(os.path.getsize(path) for path in corpus_files(prefix))
-    for path in corpus_files(prefix):
-        with open(path, "rb") as stream:
-            while block := stream.read(BLOCK_BYTES):
-                total.update(block)
-                done += len(block)
-                progress(done, size)
-    return total.hexdigest()
+    problems, first, tokens = [], 0, 0
+    for part in manifest.parts:
+        last = first + part["documents"] - 1
+        if corpus.digest_part(first, part["documents"]) != part["sha256"]:
+            problems.append(f"documents {first:,} to {last:,} are not those of the manifest")
+        first, tokens = last + 1, tokens + part["tokens"]
+        progress(tokens, manifest.tokens)
+    if parts_digest(manifest.parts) != manifest.content_digest:
+        problems.append("the content digest is not that of the parts")
+    return problems
 
 
 def load_manifest(prefix: str | os.PathLike) -> CorpusManifest | None:
@@ -102,8 +146,14 @@ def _checked(path: Path, values: dict) -> CorpusManifest:
     for name, field in known.items():
         if name not in values and field.default is not MISSING:
             continue
-        value, kind = values.get(name), getattr(field.type, "__origin__", field.type)
         # a bool is an int to isinstance
-        if isinstance(value, bool) or not isinstance(value, kind):
-            raise InputError(f"{path} {name}", value, "missing or of the wrong type; preprocess again or remove it")
+        if isinstance(values.get(name), bool) or not isinstance(values.get(name), _plain_types(field.type)):
+            fix = "missing or of the wrong type; preprocess again or remove it"
+            raise InputError(f"{path} {name}", values.get(name), fix)
     return CorpusManifest(**values)
+
+
+def _plain_types(hint: object) -> tuple[type, ...]:
+    """What ``isinstance`` takes for a field's type: ``list[int] | None`` is a list or None."""
+    alternatives = get_args(hint) if isinstance(hint, UnionType) else (hint,)
+    return tuple(get_origin(each) or each for each in alternatives)

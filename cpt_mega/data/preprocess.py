@@ -1,28 +1,45 @@
 """Text files to a corpus: ``PREFIX.bin``, ``PREFIX.idx``, ``PREFIX.manifest.json``, and the rejects if any.
 
 Every document of the input is in the corpus or among the rejects. The files appear together when all is done; until
-then, on an error and on Ctrl-C, whatever stood under PREFIX stays as it was.
+then whatever stood under PREFIX stays as it was, and what has been made is in ``PREFIX.parts``: stopped or killed, the
+same call goes on from there and ends with the same bytes.
 """
 
 import os
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from itertools import chain, islice
 
 from cpt_mega import __version__
-from cpt_mega.data.encode import EncodedChunk, encode_chunks
-from cpt_mega.data.indexed import IndexedCorpus, IndexedCorpusWriter, token_dtype
-from cpt_mega.data.manifest import CorpusManifest, content_digest, load_manifest, manifest_path
-from cpt_mega.data.readers import Document, check_input, read_chunks
-from cpt_mega.data.rejects import Reject, RejectLog
-from cpt_mega.data.routes import AUTO, REFERENCE, ROUTES, choose_route
+from cpt_mega.data.chat import ALL, MASKS, ChatDocuments
+from cpt_mega.data.encode import DocumentEncoder, TextDocuments
+from cpt_mega.data.indexed import IndexedCorpus, token_dtype
+from cpt_mega.data.manifest import (
+    CorpusManifest,
+    changed_sources,
+    damaged_parts,
+    describe_sources,
+    load_manifest,
+    parts_digest,
+    strip_measures,
+)
+from cpt_mega.data.parts import Joiner, PartFolder, PartReport
+from cpt_mega.data.readers import Fields, JsonlRange, Unit
+from cpt_mega.data.rejects import Reject, RejectCounts
+from cpt_mega.data.routes import AUTO, REFERENCE, ROUTES, ChosenRoute, choose_route
+from cpt_mega.data.shards import shard_prefix
 from cpt_mega.data.tokenizer import TextTokenizer
+from cpt_mega.data.units import Input, plan_units, shard_of, survey
+from cpt_mega.data.workers import Progress, UnitEncoder, make_parts
 from cpt_mega.errors import InputError
-from cpt_mega.lineage import file_digest
 
-SAMPLE_BYTES = 1 << 20  # of all inputs: the reference takes a third of a second for it
+SAMPLE_BYTES, SAMPLE_UNITS = (
+    1 << 19,
+    8,
+)  # of the corpus, on which encoders are compared: the reference takes 0.2 s for it
 BOS_POLICIES = ("auto", "always", "never")
+TEXT_FIELD, CHAT_FIELD = "text", "messages"
+BLOCK_BYTES = 1 << 20
 
 
 @dataclass(frozen=True)
@@ -30,14 +47,18 @@ class PreprocessOptions:
     """What to preprocess, and how.
 
     Attributes:
-        inputs: files, in the order their documents take in the corpus.
+        inputs: files and folders, in the order their documents take in the corpus.
         tokenizer: what ``TextTokenizer.load`` takes.
         output: path prefix of the corpus.
         workers: processes that encode; the result does not depend on it.
-        field: the key of a record that holds the text.
+        field: the key of a record that holds the text or the messages; None: ``text``, for chats ``messages``.
+        chat: documents are lists of messages, which the tokenizer's chat template renders.
+        loss_mask: which tokens of a chat count for the loss, one of ``chat.MASKS``.
+        include: patterns of file names that are taken from folders.
         bos: ``auto`` adds BOS if the tokenizer itself does; ``always``; ``never``.
-        max_reject_share: rejects over documents in, above which nothing is written.
+        max_reject_share: rejects over documents in, empty ones aside, above which no corpus is written.
         encoder: the route from texts to ids, a name of ``routes.ROUTES`` or ``auto``; ids do not depend on it.
+        shard: ``(index, shards)``: only this shard of the inputs, written under ``shard_prefix``.
         reuse: keep a corpus that stands there already if it was made of the same inputs in the same way.
     """
 
@@ -45,34 +66,51 @@ class PreprocessOptions:
     tokenizer: str
     output: str
     workers: int = 1
-    field: str = "text"
+    field: str | None = None
+    chat: bool = False
+    loss_mask: str = ALL
+    include: tuple[str, ...] = ("*",)
     bos: str = "auto"
     max_reject_share: float = 0.001
     encoder: str = AUTO
+    shard: tuple[int, int] | None = None
     reuse: bool = False
 
     def __post_init__(self) -> None:
-        """Raises InputError for a value out of its range or an input that is not there."""
+        """Raises InputError for a value out of its range."""
         if not self.inputs:
-            raise InputError("--input", "", "give at least one file")
-        for path in self.inputs:
-            check_input(path)
+            raise InputError("--input", "", "give at least one file or folder")
         if self.workers < 1:
             raise InputError("--workers", self.workers, "give at least 1")
-        if self.bos not in BOS_POLICIES:
-            raise InputError("--bos", self.bos, f"give one of {', '.join(BOS_POLICIES)}")
-        if self.encoder not in (AUTO, *ROUTES):
-            raise InputError("--encoder", self.encoder, f"give one of {', '.join((AUTO, *ROUTES))}")
+        choices = {"--bos": BOS_POLICIES, "--encoder": (AUTO, *ROUTES), "--loss-mask": MASKS}
+        for option, known in choices.items():
+            value = getattr(self, option[2:].replace("-", "_"))
+            if value not in known:
+                raise InputError(option, value, f"give one of {', '.join(known)}")
+        if self.loss_mask != ALL and not self.chat:
+            raise InputError("--loss-mask", self.loss_mask, "is about the messages of chats; add --chat")
         if not 0 <= self.max_reject_share <= 1:
             raise InputError("--max-reject-share", self.max_reject_share, "a share lies between 0 and 1")
         if not os.path.basename(self.output) or self.output.endswith((".bin", ".idx")):
             raise InputError("--output", self.output, "give a path prefix: .bin and .idx are put behind it")
+        if self.shard and not 0 <= self.shard[0] < self.shard[1]:
+            raise InputError("--shard", "/".join(map(str, self.shard)), "of N shards, I runs from 0 to N - 1")
+
+    @property
+    def fields(self) -> Fields:
+        """Where a record's text stands."""
+        return Fields(self.field or (CHAT_FIELD if self.chat else TEXT_FIELD), self.chat)
+
+    @property
+    def prefix(self) -> str:
+        """Of what is written."""
+        return shard_prefix(self.output, *self.shard) if self.shard else self.output
 
 
 @dataclass(frozen=True)
 class PreprocessReport:
     """What came out: the manifest, rejects by reason with the first few, seconds, whether it was there already; the route
-    from texts to ids, and why faster ones were passed over."""
+    from texts to ids, and why faster ones were passed over; the bytes of input that an earlier call had encoded."""
 
     prefix: str
     manifest: CorpusManifest
@@ -82,6 +120,7 @@ class PreprocessReport:
     reused: bool = False
     route: str = REFERENCE
     passed_over: tuple[str, ...] = ()
+    taken_up_bytes: int = 0
 
     @property
     def documents_in(self) -> int:
@@ -89,125 +128,193 @@ class PreprocessReport:
         return self.manifest.documents + self.manifest.rejects
 
 
-def preprocess(
-    options: PreprocessOptions, advance: Callable[[EncodedChunk], None] = lambda chunk: None
-) -> PreprocessReport:
-    """Makes a corpus; ``advance`` is called with every encoded chunk.
+class NoProgress:
+    """Shows nothing; what ``preprocess`` tells how far it is."""
 
-    Raises InputError for bad options, an unusable tokenizer, too many rejects, or inputs without any text.
+    def start(self, total_bytes: int, done_bytes: int) -> None:
+        """Encoding begins; so much of it has been done before."""
+
+    def advance(self, done_bytes: int, tokens: int) -> None:
+        """So much since then, in all."""
+
+
+def preprocess(options: PreprocessOptions, progress: NoProgress | None = None) -> PreprocessReport:
+    """Makes a corpus.
+
+    Raises InputError for bad options, an unusable tokenizer or input, too many rejects, or inputs without any text.
     """
-    begun = time.monotonic()
+    begun, progress = time.monotonic(), progress or NoProgress()
     tokenizer = TextTokenizer.load(options.tokenizer)
-    bos = _adds_bos(tokenizer, options.bos)
-    sources = [_measured(path, options.field) for path in options.inputs]
-    recipe = _recipe(tokenizer, bos, sources)
-    if options.reuse and (manifest := _standing(options, recipe)):
-        return PreprocessReport(options.output, manifest, {}, [], time.monotonic() - begun, reused=True)
-    route, passed_over = choose_route(tokenizer, options.encoder, _sample(options))
-    with RejectLog(options.output) as rejects:
-        with IndexedCorpusWriter(options.output, recipe["dtype"]) as writer:
-            text_bytes = _write_documents(options, bos, route, writer, rejects, advance)
-            _check_outcome(options, writer.documents, rejects)
-            # The old manifest does not describe what is renamed into place now.
-            manifest_path(options.output).unlink(missing_ok=True)
-        manifest = CorpusManifest(
-            **recipe,
-            documents=writer.documents,
-            tokens=writer.tokens,
-            content_digest=writer.content_digest,
-            token_bytes=text_bytes,
-            rejects=rejects.count,
+    inputs = survey(options.inputs, options.include)
+    units = plan_units(inputs)
+    units = shard_of(units, *options.shard) if options.shard else units
+    recipe = _recipe(options, tokenizer)
+    if options.reuse and (manifest := _standing(options, recipe, inputs, units)):
+        return PreprocessReport(options.prefix, manifest, {}, [], time.monotonic() - begun, reused=True)
+    encoder, route = _open_encoder(options, tokenizer, units, recipe["bos_id"] is not None)
+    stamps = [(one.path, one.stamp) for one in inputs]
+    has_names = any(one.names for one in inputs)
+    everything = [recipe, stamps, options.fields.__dict__, options.include, options.shard, options.inputs]
+    with PartFolder(options.prefix, everything, encoder.dtype, recipe["loss_mask"] != ALL, has_names) as folder:
+        joiner = Joiner(folder, len(units))
+        to_do = joiner.to_do()
+        total, left = (sum(unit.input_bytes for unit in some) for some in (units, [units[part] for part in to_do]))
+        progress.start(total, total - left)
+        _make_and_join(
+            UnitEncoder(encoder, options.fields, folder, units), to_do, options.workers, joiner, progress.advance
         )
-        manifest.write(options.output)
+        rejects = joiner.collect_rejects(lambda part: _lines_before(units, joiner.reports, part))
+        manifest = _manifest(options, recipe, inputs, units, joiner.reports, rejects)
+        _check_outcome(options, manifest, rejects, folder)
+        joiner.install(manifest)
     seconds = time.monotonic() - begun
     return PreprocessReport(
-        options.output,
+        options.prefix,
         manifest,
-        rejects.by_reason,
+        rejects.by_kind,
         rejects.first,
         seconds,
-        route=route,
-        passed_over=tuple(passed_over),
+        route=route.name,
+        passed_over=tuple(route.passed_over),
+        taken_up_bytes=total - left,
     )
 
 
-def _sample(options: PreprocessOptions) -> Iterator[str]:
-    """Texts of the beginning of every input, on which encoders are compared."""
-    for path in options.inputs:
-        left = SAMPLE_BYTES // len(options.inputs)
-        for chunk in islice(read_chunks(path, options.field), 1):
-            for item in chunk.parse():
-                if isinstance(item, Document) and left > 0:
-                    yield item.text[:left]
-                    left -= len(item.text)
+def _make_and_join(work: UnitEncoder, to_do: list[int], workers: int, joiner: Joiner, advance: Progress) -> None:
+    joiner.join_ready()
+    for _ in make_parts(work, to_do, workers, advance):
+        joiner.join_ready()
 
 
-def _adds_bos(tokenizer: TextTokenizer, policy: str) -> bool:
-    if policy == "always" and tokenizer.bos_id is None:
-        raise InputError("--bos", policy, "the tokenizer has no BOS token; use auto or never")
-    return {"auto": tokenizer.adds_bos, "always": True, "never": False}[policy]
+def _open_encoder(
+    options: PreprocessOptions, tokenizer: TextTokenizer, units: Sequence[Unit], bos: bool
+) -> tuple[DocumentEncoder, ChosenRoute]:
+    if options.chat:
+        return ChatDocuments(tokenizer, bos, options.loss_mask), choose_route(tokenizer, REFERENCE, ())
+    chosen = choose_route(tokenizer, options.encoder, _sample(units, options.fields))
+    return TextDocuments(tokenizer, bos, chosen.route), chosen
 
 
-def _measured(path: str, field: str) -> dict:
-    return {
-        "path": os.path.abspath(path),
-        "bytes": os.path.getsize(path),
-        "sha256": file_digest(path),
-        "field": field,
-    }
+def _sample(units: Sequence[Unit], fields: Fields) -> Iterator[str]:
+    """Texts of the beginning of a few units from all over the inputs."""
+    chosen = units[:: -(-len(units) // SAMPLE_UNITS)] if units else []
+    for unit in chosen:
+        left = SAMPLE_BYTES // len(chosen)
+        for document in next(unit.read(fields)).documents:
+            if left > 0:
+                yield document.content[:left]
+                left -= len(document.content)
 
 
-def _recipe(tokenizer: TextTokenizer, bos: bool, sources: list[dict]) -> dict:
+def _recipe(options: PreprocessOptions, tokenizer: TextTokenizer) -> dict:
     """The fields of the manifest that are known before the first document: they decide what comes out."""
+    if options.bos == "always" and tokenizer.bos_id is None:
+        raise InputError("--bos", options.bos, "the tokenizer has no BOS token; use auto or never")
+    bos = {"auto": tokenizer.adds_bos, "always": True, "never": False}[options.bos]
     return {
         "tokenizer_digest": tokenizer.digest,
         "vocab_size": tokenizer.vocab_size,
         "eos_id": tokenizer.eos_id,
         "bos_id": tokenizer.bos_id if bos else None,
         "dtype": token_dtype(tokenizer.vocab_size).name,
-        "sources": sources,
+        "loss_mask": options.loss_mask,
         "tool_version": __version__,
+        "shard": list(options.shard) if options.shard else None,
     }
 
 
-def _standing(options: PreprocessOptions, recipe: dict) -> CorpusManifest | None:
+def _manifest(
+    options: PreprocessOptions,
+    recipe: dict,
+    inputs: list[Input],
+    units: list[Unit],
+    reports: list[PartReport],
+    rejects: RejectCounts,
+) -> CorpusManifest:
+    parts = [
+        {
+            "documents": report.documents,
+            "tokens": report.tokens,
+            "sha256": report.sha256,
+            "rejects": report.rejects,
+            "source": unit.source,
+            "source_bytes": unit.input_bytes,
+            "source_sha256": report.source_sha256,
+        }
+        for unit, report in zip(units, reports, strict=True)
+    ]
+    return CorpusManifest(
+        **recipe,
+        documents=sum(report.documents for report in reports),
+        tokens=sum(report.tokens for report in reports),
+        content_digest=parts_digest(parts),
+        parts=parts,
+        sources=describe_sources(_source_names(options, inputs), parts),
+        token_bytes=sum(report.text_bytes for report in reports),
+        rejects=rejects.total,
+        empty=rejects.empty,
+    )
+
+
+def _source_names(options: PreprocessOptions, inputs: list[Input]) -> list[dict]:
+    """What of a source is known before it is read."""
+    names = [{"path": one.path, "field": options.fields.name} for one in inputs]
+    return [
+        name | ({"include": list(options.include)} if os.path.isdir(one.path) else {})
+        for name, one in zip(names, inputs, strict=True)
+    ]
+
+
+def _standing(
+    options: PreprocessOptions, recipe: dict, inputs: list[Input], units: list[Unit]
+) -> CorpusManifest | None:
     """The manifest of an intact corpus under PREFIX that this very recipe made; None when there is none."""
     try:
-        manifest = load_manifest(options.output)
+        manifest = load_manifest(options.prefix)
         if manifest is None or any(getattr(manifest, name) != value for name, value in recipe.items()):
             return None
-        manifest.check_against(IndexedCorpus(options.output))
+        corpus = IndexedCorpus(options.prefix)
+        manifest.check_against(corpus)
     except InputError:
         return None  # damaged: made again
-    accepted = manifest.rejects <= options.max_reject_share * (manifest.documents + manifest.rejects)
-    return manifest if accepted and content_digest(options.output) == manifest.content_digest else None
+    if strip_measures(manifest.sources) != _source_names(options, inputs) or changed_sources(manifest, units):
+        return None
+    faults, documents_in = manifest.rejects - manifest.empty, manifest.documents + manifest.rejects
+    accepted = faults <= options.max_reject_share * documents_in
+    return manifest if accepted and not damaged_parts(corpus, manifest) else None
 
 
-def _write_documents(
-    options: PreprocessOptions,
-    bos: bool,
-    route: str,
-    writer: IndexedCorpusWriter,
-    rejects: RejectLog,
-    advance: Callable[[EncodedChunk], None],
-) -> int:
-    """Encodes all inputs into the writer and the log; returns the UTF-8 bytes of the text written."""
-    text_bytes = 0
-    chunks = chain.from_iterable(read_chunks(path, options.field) for path in options.inputs)
-    for encoded in encode_chunks(chunks, options.tokenizer, bos, options.workers, route):
-        writer.add_many(encoded.tokens, encoded.lengths)
-        for reject in encoded.rejects:
-            rejects.add(reject)
-        text_bytes += encoded.text_bytes
-        advance(encoded)
-    return text_bytes
+def _lines_before(units: Sequence[Unit], reports: Sequence[PartReport], part: int) -> int:
+    """Lines of the file before a unit that counts its own from 1."""
+    unit = units[part]
+    if unit.lines_from_start or not isinstance(unit, JsonlRange):
+        return 0
+    own = [index for index in range(part) if units[index].source == unit.source]
+    first = units[own[0]] if own else unit
+    return _lines_that_begin_before(first.path, first.start) + sum(reports[index].lines for index in own)
 
 
-def _check_outcome(options: PreprocessOptions, documents: int, rejects: RejectLog) -> None:
-    share = rejects.count / max(documents + rejects.count, 1)
+def _lines_that_begin_before(path: str, place: int) -> int:
+    """What a shard that begins in the middle of a file has to count."""
+    if place == 0:
+        return 0
+    lines, left = 1, place - 1
+    with open(path, "rb") as stream:
+        while left and (block := stream.read(min(BLOCK_BYTES, left))):
+            lines, left = lines + block.count(b"\n"), left - len(block)
+    return lines
+
+
+def _check_outcome(
+    options: PreprocessOptions, manifest: CorpusManifest, rejects: RejectCounts, folder: PartFolder
+) -> None:
+    documents_in = manifest.documents + rejects.total
+    faults = rejects.total - rejects.empty
+    share = faults / max(documents_in, 1)
     if share > options.max_reject_share:
         shown = "; ".join(map(str, rejects.first))
-        fix = f"{rejects.count} of {documents + rejects.count} documents were rejected ({share:.2%}): {shown}"
-        raise InputError("--max-reject-share", options.max_reject_share, f"{fix}. Mend them or raise the limit")
-    if not documents:
+        fix = f"{faults} of {documents_in} documents were rejected ({share:.2%}): {shown}"
+        where = f"All are in {folder.joined_file('rejects')}. Mend them, or raise the limit and run again"
+        raise InputError("--max-reject-share", options.max_reject_share, f"{fix}. {where}")
+    if not manifest.documents and not options.shard:
         raise InputError("--input", ", ".join(options.inputs), "holds no document with text")

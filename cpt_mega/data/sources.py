@@ -4,8 +4,9 @@ from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from math import isfinite
+from pathlib import Path
 
-from cpt_mega.data.indexed import IndexedCorpus
+from cpt_mega.data.indexed import IndexedCorpus, corpus_files
 from cpt_mega.data.manifest import load_manifest
 from cpt_mega.data.packing import RowPlan, plan_rows
 from cpt_mega.errors import InputError
@@ -42,7 +43,13 @@ def corpus_identity(prefix: str) -> str:
     The index fixes the documents' lengths, so a data cursor means the same row; only a manifest vouches for tokens.
     """
     manifest = load_manifest(prefix)
-    return manifest.content_digest if manifest else file_digest(f"{prefix}.idx")
+    return manifest.content_digest if manifest else file_digest(corpus_files(prefix)[1])
+
+
+def source_line(prefix: str) -> str:
+    """A corpus as an entry of ``data.sources``, to paste into a configuration."""
+    path = Path(prefix).resolve()
+    return f"{{name: {path.name}, path: {path}, role: domain}}"
 
 
 def default_weights(roles: Sequence[str], weights: Sequence[float | None]) -> list[float]:

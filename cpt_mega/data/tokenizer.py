@@ -151,14 +151,18 @@ class TextTokenizer:
 
         BOS or EOS that the text already carries at that place is not doubled. Empty when nothing but they is left.
         """
-        end = len(ids)
-        while end and ids[end - 1] == self.eos_id:
-            end -= 1
-        start = 1 if end and ids[0] == self.bos_id else 0
+        start, end = self.text_range(ids)
         if start == end:
             return []
         leading = [self.bos_id] if (self.adds_bos if bos is None else bos) else ids[:start]
         return [*leading, *ids[start:end], self.eos_id]
+
+    def text_range(self, ids: list[int]) -> tuple[int, int]:
+        """Where the text begins and ends: a BOS before and EOS behind are left out."""
+        end = len(ids)
+        while end and ids[end - 1] == self.eos_id:
+            end -= 1
+        return (1 if end and ids[0] == self.bos_id else 0), end
 
 
 def _load_hf(cls: type[TextTokenizer], path: Path) -> TextTokenizer:
@@ -194,7 +198,7 @@ def _load_sentencepiece(cls: type[TextTokenizer], path: Path) -> TextTokenizer:
         vocab_size=processor.get_piece_size(),
         eos_id=_required_eos(path, eos_id),
         bos_id=bos_id,
-        adds_bos=bos_id is not None and bool(_read_config(path.parent / TOKENIZER_CONFIGS[0]).get("add_bos_token")),
+        adds_bos=bos_id is not None and bool(read_config(path.parent / TOKENIZER_CONFIGS[0]).get("add_bos_token")),
     )
 
 
@@ -208,7 +212,7 @@ def _required_eos(path: Path, eos_id: int | None) -> int:
 def _special_id(folder: Path, name: str, token_to_id: Callable[[str], int | None]) -> int | None:
     """The id of ``bos`` or ``eos``: the tokenizer's own files name a token, the model's name an id."""
     for config in TOKENIZER_CONFIGS:
-        token = _read_config(folder / config).get(f"{name}_token")
+        token = read_config(folder / config).get(f"{name}_token")
         token = token.get("content") if isinstance(token, dict) else token
         if isinstance(token, str):
             found = token_to_id(token)
@@ -216,14 +220,15 @@ def _special_id(folder: Path, name: str, token_to_id: Callable[[str], int | None
                 raise InputError(f"{folder / config} {name}_token", token, f"is not in the vocabulary of {HF_FILE}")
             return found
     for config in MODEL_CONFIGS:
-        found = _read_config(folder / config).get(f"{name}_token_id")
+        found = read_config(folder / config).get(f"{name}_token_id")
         found = found[0] if isinstance(found, list) and found else found
         if isinstance(found, int):
             return found
     return None
 
 
-def _read_config(path: Path) -> dict:
+def read_config(path: Path) -> dict:
+    """The values of a tokenizer's or a model's JSON file; none when it is not there. Raises InputError when damaged."""
     if not path.is_file():
         return {}
     try:

@@ -3,7 +3,8 @@ import struct
 import numpy as np
 import pytest
 
-from cpt_mega.data.indexed import DTYPES, HEADER, IndexedCorpus, IndexedCorpusWriter, token_dtype
+from cpt_mega.data.indexed import DTYPES, HEADER, IndexedCorpus, token_dtype
+from cpt_mega.data.indexed_writer import IndexedCorpusWriter
 from cpt_mega.errors import InputError
 from tests.helpers.corpora import write_corpus
 

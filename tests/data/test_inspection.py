@@ -57,7 +57,7 @@ def test_every_kind_of_damage_is_said(tmp_path, corpus):
     (tmp_path / "in.jsonl").write_text("{}\n")
     problems = inspection.find_problems(IndexedCorpus(tmp_path / "c"))
     said = (
-        "digest",
+        "documents 0 to 4 are not those of the manifest",
         "1 token ids lie outside",
         "1 of 5 documents do not end in EOS 1 (the first is document 4)",
         "has changed",

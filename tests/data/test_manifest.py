@@ -3,8 +3,8 @@ from dataclasses import replace
 
 import pytest
 
-from cpt_mega.data.indexed import IndexedCorpusWriter
-from cpt_mega.data.manifest import CorpusManifest, content_digest, load_manifest, manifest_path
+from cpt_mega.data.indexed import IndexedCorpus, mask_path
+from cpt_mega.data.manifest import CorpusManifest, damaged_parts, load_manifest, manifest_path, parts_digest
 from cpt_mega.errors import InputError
 from tests.helpers.corpora import write_corpus
 
@@ -17,6 +17,7 @@ MANIFEST = CorpusManifest(
     documents=2,
     tokens=3,
     content_digest="c",
+    parts=[{"documents": 2, "tokens": 3, "sha256": "c"}],
     sources=[{"path": "a", "bytes": 1, "sha256": "s"}],
     tool_version="0",
 )
@@ -52,7 +53,15 @@ def test_damage_is_refused(corpus, content):
 
 @pytest.mark.parametrize(
     ("name", "value"),
-    [("tokens", "3"), ("tokens", None), ("tokens", True), ("bos_id", "x"), ("sources", {}), ("unheard_of", 1)],
+    [
+        ("tokens", "3"),
+        ("tokens", None),
+        ("tokens", True),
+        ("bos_id", "x"),
+        ("sources", {}),
+        ("shard", 1),
+        ("unheard_of", 1),
+    ],
 )
 def test_a_wrong_field_is_named(corpus, name, value):
     MANIFEST.write(corpus.prefix)
@@ -75,7 +84,21 @@ def test_a_missing_field_is_named_unless_it_has_a_default(corpus):
         load_manifest(corpus.prefix)
 
 
-def test_the_writer_knows_the_digest_of_its_files(tmp_path):
-    with IndexedCorpusWriter(tmp_path / "c", "int32") as writer:
-        writer.add([1, 2, 3])
-    assert writer.content_digest == content_digest(tmp_path / "c")
+def test_a_mask_that_is_missing_or_too_many_is_refused(corpus):
+    with pytest.raises(InputError, match="loss_mask = 'assistant': .*mask.bin is missing"):
+        replace(MANIFEST, loss_mask="assistant").check_against(corpus)
+    mask_path(corpus.prefix).write_bytes(bytes(3))
+    with pytest.raises(InputError, match="loss_mask = 'all': .*mask.bin is there"):
+        MANIFEST.check_against(IndexedCorpus(corpus.prefix))
+
+
+def test_damage_is_found_in_its_part(corpus):
+    parts = [{"documents": 1, "tokens": size, "sha256": corpus.digest_part(i, 1)} for i, size in enumerate((2, 1))]
+    manifest, seen = replace(MANIFEST, parts=parts, content_digest=parts_digest(parts)), []
+    assert damaged_parts(corpus, manifest, lambda done, total: seen.append((done, total))) == []
+    assert seen == [(2, 3), (3, 3)]
+    changed = write_corpus(corpus.prefix + "2", [[1, 2], [4]])
+    assert damaged_parts(changed, manifest) == ["documents 1 to 1 are not those of the manifest"]
+    assert damaged_parts(corpus, replace(manifest, content_digest="0")) == [
+        "the content digest is not that of the parts"
+    ]

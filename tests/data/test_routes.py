@@ -74,18 +74,18 @@ def kind(tmp_path_factory):
 @pytest.mark.parametrize("name", KINDS)
 def test_the_route_taken_gives_the_tokenizers_ids(kind, name):
     tokenizer = kind(name)
-    route, passed_over = choose_route(tokenizer, "auto", TEXTS)
-    assert route == EXPECTED[name]
-    assert (route == REFERENCE) == bool(passed_over)
-    assert first_difference(open_route(tokenizer, route), ReferenceRoute(tokenizer), [*TEXTS, *NASTY]) is None
+    chosen = choose_route(tokenizer, "auto", TEXTS)
+    assert chosen.name == EXPECTED[name]
+    assert (chosen.name == REFERENCE) == bool(chosen.passed_over)
+    assert first_difference(chosen.route, ReferenceRoute(tokenizer), [*TEXTS, *NASTY]) is None
 
 
 @pytest.mark.parametrize("name", ["gpt2", "llama3", "qwen", "llama2"])
 def test_special_tokens_in_a_text_are_text(kind, name):
     tokenizer = kind(name)
-    route, _ = choose_route(tokenizer, "auto", TEXTS)
+    route = choose_route(tokenizer, "auto", TEXTS).route
     specials = {tokenizer.encoder.tokenizer.token_to_id(token) for token in SPECIALS}
-    ids = open_route(tokenizer, route).encode(["a <|endoftext|> <|im_start|> b"])[0].tolist()
+    ids = route.encode(["a <|endoftext|> <|im_start|> b"])[0].tolist()
     assert None not in specials and not specials & set(ids)
 
 
@@ -98,16 +98,16 @@ class Liar(ReferenceRoute):
 def test_an_encoder_that_gives_other_ids_is_passed_over(kind, monkeypatch):
     monkeypatch.setitem(routes.ROUTES, "gigatoken", Liar)
     tokenizer = kind("gpt2")
-    route, (problem,) = choose_route(tokenizer, "auto", TEXTS)
-    assert route == REFERENCE and problem.startswith("gigatoken: gives [")
+    chosen = choose_route(tokenizer, "auto", TEXTS)
+    assert chosen.name == REFERENCE and chosen.passed_over[0].startswith("gigatoken: gives [")
     with pytest.raises(InputError, match="--encoder = 'gigatoken': gives"):
         choose_route(tokenizer, "gigatoken", TEXTS)
 
 
 def test_a_library_that_is_not_there_is_passed_over(kind, monkeypatch):
     monkeypatch.setattr(routes.importlib.util, "find_spec", lambda name: None)
-    route, problems = choose_route(kind("gpt2"), "auto", [])
-    assert route == REFERENCE and "pip install gigatoken" in problems[0]
+    chosen = choose_route(kind("gpt2"), "auto", [])
+    assert chosen.name == REFERENCE and "pip install gigatoken" in chosen.passed_over[0]
 
 
 def test_a_cache_that_starts_anew_changes_nothing(kind, monkeypatch):

@@ -25,7 +25,7 @@ def corpus(tmp_path):
 
 @pytest.fixture
 def manifest(corpus):
-    manifest = CorpusManifest("right", 50, 1, None, "int32", 2, 14, "c", [], "0")
+    manifest = CorpusManifest("right", 50, 1, None, "int32", 2, 14, "c", [], [], "0")
     manifest.write(corpus.prefix)
     return manifest
 

@@ -7,7 +7,8 @@ import numpy as np
 import tokenizers
 from tokenizers import decoders, models, pre_tokenizers, processors, trainers
 
-from cpt_mega.data.indexed import IndexedCorpus, IndexedCorpusWriter
+from cpt_mega.data.indexed import IndexedCorpus
+from cpt_mega.data.indexed_writer import IndexedCorpusWriter
 from cpt_mega.data.packing import plan_rows
 from cpt_mega.data.sources import Source
 

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import numpy as np
 
-from cpt_mega.data.indexed import IndexedCorpusWriter
+from cpt_mega.data.indexed_writer import IndexedCorpusWriter
 from cpt_mega.hf.convert import import_hf
 from tests.helpers.models import tiny_llama
 

@@ -9,7 +9,8 @@ from pathlib import Path
 import pytest
 
 from cpt_mega.data.indexed import IndexedCorpus
-from cpt_mega.data.manifest import content_digest, load_manifest
+from cpt_mega.data.inspection import find_problems
+from cpt_mega.data.manifest import load_manifest
 from cpt_mega.data.tokenizer import TextTokenizer
 from cpt_mega.lineage import file_digest
 from tests.helpers.corpora import TEXTS, write_bpe_tokenizer, write_jsonl
@@ -28,7 +29,9 @@ def run(folder, *arguments):
 
 
 def files_of(folder, prefix="c"):
-    return {path.name: path.read_bytes() for path in folder.iterdir() if path.name.lstrip(".").startswith(prefix + ".")}
+    """The corpus; ``PREFIX.parts`` is none of it."""
+    found = (path for path in folder.iterdir() if path.name.lstrip(".").startswith(prefix + "."))
+    return {path.name: path.read_bytes() for path in found if path.is_file()}
 
 
 @pytest.fixture(scope="module")
@@ -59,14 +62,14 @@ def test_the_manifest_accounts_for_everything(tmp_path, tokenizer_folder, source
     manifest.check_against(corpus)
     assert manifest.documents == 10 and manifest.rejects == 0 and manifest.dtype == "uint16"
     assert manifest.token_bytes == 2 * sum(len(text.encode()) for text in TEXTS)
-    assert manifest.content_digest == content_digest(tmp_path / "c")
-    measured = {"path": str(source), "bytes": source.stat().st_size, "sha256": file_digest(source), "field": "text"}
+    assert find_problems(corpus) == []
+    measured = {"path": str(source), "field": "text", "bytes": source.stat().st_size, "sha256": file_digest(source)}
     assert manifest.sources == [measured] * 2
     assert (manifest.bos_id, manifest.eos_id) == (None, 1)
 
 
 def test_workers_do_not_change_the_result(tmp_path, tokenizer_folder):
-    lines = [f"{text} {number}" for number in range(9000) for text in TEXTS]  # several chunks
+    lines = [f"{text} {number}" for number in range(9000) for text in TEXTS]  # several units
     lines[7], lines[40000] = b"{broken", ""
     source = write_jsonl(tmp_path / "in.jsonl", lines)
     for workers in (1, 3):
@@ -80,6 +83,7 @@ def test_workers_do_not_change_the_result(tmp_path, tokenizer_folder):
         (8, "not JSON"),
         (40001, "empty"),
     ]
+    assert len(load_manifest(tmp_path / "1" / "c").parts) > 3
     assert "45,000 = 44,998 + 2" in done.stdout
     assert f"rejected {source}:8: not JSON" in done.stdout.replace("\n", "")
 
@@ -119,13 +123,26 @@ def test_nul_bytes_and_literal_special_tokens_are_kept(tmp_path, tokenizer_folde
     assert [ids.count(tokenizer.eos_id) for ids in documents] == [1, 1, 1]  # the literal ones are spelt out
 
 
-def test_too_many_rejects_leave_nothing(tmp_path, tokenizer_folder):
-    source = write_jsonl(tmp_path / "in.jsonl", ["good", b"bad"])
-    done = run(tmp_path, "--input", source, "--tokenizer", tokenizer_folder, "--output", "c", "--workers", 2)
+def test_too_many_rejects_make_no_corpus_until_they_are_allowed(tmp_path, tokenizer_folder):
+    source = write_jsonl(tmp_path / "in.jsonl", ["good", b"bad", ""])
+    arguments = ("--input", source, "--tokenizer", tokenizer_folder, "--output", "c", "--workers", 2)
+    done = run(tmp_path, *arguments)
     assert done.returncode == 2
-    assert "--max-reject-share = 0.001: 1 of 2 documents" in done.stderr and f"{source}:2: not JSON" in done.stderr
+    assert "--max-reject-share = 0.001: 1 of 3 documents" in done.stderr and f"{source}:2: not JSON" in done.stderr
     assert "Traceback" not in done.stderr
-    assert not files_of(tmp_path)
+    assert set(files_of(tmp_path)) == set()
+    assert len((tmp_path / "c.parts" / "all.rejects").read_text().splitlines()) == 2
+    done = run(tmp_path, *arguments, "--max-reject-share", 0.4)
+    assert done.returncode == 0 and "going on: 100% was encoded before" in done.stderr
+    assert set(files_of(tmp_path)) == {"c.bin", "c.idx", "c.manifest.json", "c.rejects.jsonl"}
+    assert not (tmp_path / "c.parts").exists()
+
+
+def test_empty_documents_are_counted_but_no_fault(tmp_path, tokenizer_folder):
+    source = write_jsonl(tmp_path / "in.jsonl", ["good", "", ""])
+    done = run(tmp_path, "--input", source, "--tokenizer", tokenizer_folder, "--output", "c")
+    assert done.returncode == 0 and "3 = 1 + 2\n" in done.stdout
+    assert (load_manifest(tmp_path / "c").rejects, load_manifest(tmp_path / "c").empty) == (2, 2)
 
 
 def test_a_failure_leaves_the_corpus_that_was_there(tmp_path, tokenizer_folder, source):
@@ -178,7 +195,7 @@ def test_reuse_keeps_only_what_the_same_recipe_made(tmp_path, tokenizer_folder, 
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"--input": "absent.jsonl"}, "--input = 'absent.jsonl': no such file"),
+        ({"--input": "absent.jsonl"}, "--input = 'absent.jsonl': no such file or folder"),
         ({"--input": "in.xml"}, "end in one of .jsonl"),
         ({"--tokenizer": "absent"}, "tokenizer = 'absent'"),
         ({"--workers": "0"}, "--workers = 0"),
@@ -186,6 +203,9 @@ def test_reuse_keeps_only_what_the_same_recipe_made(tmp_path, tokenizer_folder, 
         ({"--output": "in.jsonl/c"}, "in.jsonl"),
         ({"--output": "c.bin"}, "--output = 'c.bin'"),
         ({"--bos": "sometimes"}, "--bos"),
+        ({"--shard": "3/3"}, "--shard = '3/3'"),
+        ({"--shard": "one"}, "--shard"),
+        ({"--loss-mask": "assistant"}, "--loss-mask = 'assistant'"),
     ],
 )
 def test_bad_arguments_exit_2_with_a_line(tmp_path, tokenizer_folder, source, change, message):
@@ -206,18 +226,81 @@ def test_bos_always_needs_a_bos(tmp_path, source):
         preprocess(PreprocessOptions((str(source),), str(folder), str(tmp_path / "c"), bos="always"))
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_interrupted_it_leaves_nothing(tmp_path, tokenizer_folder, number):
-    source = write_jsonl(tmp_path / "in.jsonl", [" ".join(map(str, range(5000)))] * 3000)
-    arguments = ("--input", source, "--tokenizer", tokenizer_folder, "--output", "c", "--workers", 2)
+@pytest.fixture(scope="module")
+def long_work(tmp_path_factory, tokenizer_folder):
+    """Arguments that take a few seconds, and the files that they make."""
+    folder = tmp_path_factory.mktemp("whole")
+    texts = [f"{line} " + " ".join(map(str, range(4000))) for line in range(400)]
+    texts[300] = b"{broken"
+    source = write_jsonl(folder / "in.jsonl", texts)
+    arguments = ("--input", source, "--tokenizer", tokenizer_folder, "--output", "c", "--encoder", "reference")
+    assert run(folder, *arguments, "--max-reject-share", 0.01).returncode == 0
+    return (*arguments, "--max-reject-share", 0.01), files_of(folder)
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL], ids=lambda number: number.name)
+def test_stopped_it_goes_on_and_ends_with_the_same_bytes(tmp_path, long_work, number):
+    arguments, whole = long_work
+    words = command(*arguments, "--workers", 2)
     process = subprocess.Popen(
-        command(*arguments), cwd=tmp_path, env=ENVIRONMENT, stderr=subprocess.PIPE, start_new_session=True, text=True
+        words, cwd=tmp_path, env=ENVIRONMENT, stderr=subprocess.PIPE, start_new_session=True, text=True
     )
-    while not files_of(tmp_path):
+    while len(list((tmp_path / "c.parts").glob("*.json"))) < 4:  # the recipe, and three parts
         assert process.poll() is None
-        time.sleep(0.02)
-    os.killpg(process.pid, number) if number == signal.SIGINT else process.terminate()
+        time.sleep(0.01)
+    os.killpg(process.pid, number) if number == signal.SIGINT else process.send_signal(number)
     _, errors = process.communicate(timeout=30)
-    assert process.returncode == 128 + number
+    assert process.returncode == (-number if number == signal.SIGKILL else 128 + number)
     assert "Traceback" not in errors
     assert not files_of(tmp_path)
+    again = run(tmp_path, *arguments, "--workers", 1)
+    assert again.returncode == 0 and "was encoded before" in again.stderr
+    assert files_of(tmp_path) == whole
+    assert not (tmp_path / "c.parts").exists()
+
+
+def test_shards_make_the_corpus_that_one_machine_makes(tmp_path, tokenizer_folder):
+    lines = [f"{text} {number}" for number in range(6000) for text in TEXTS]
+    lines[3], lines[20000] = b"{broken", b"[1]"
+    source = write_jsonl(tmp_path / "in.jsonl", lines)
+    arguments = ("--input", source, source, "--tokenizer", tokenizer_folder, "--workers", 1)
+    assert run(tmp_path, *arguments, "--output", "whole").returncode == 0
+    for index in range(3):
+        done = run(tmp_path, *arguments, "--output", "c", "--shard", f"{index}/3")
+        assert done.returncode == 0 and "next: python tools/merge_shards.py c\n" in done.stdout
+    words = [sys.executable, str(TOOL.parent / "merge_shards.py"), "c"]
+    merged = subprocess.run(words, cwd=tmp_path, capture_output=True, text=True)
+    assert merged.returncode == 0 and f"path: {tmp_path / 'c'}, role: domain" in merged.stdout
+    assert (tmp_path / "c.manifest.json").read_bytes() == (tmp_path / "whole.manifest.json").read_bytes()
+    corpus, whole = IndexedCorpus(tmp_path / "c"), IndexedCorpus(tmp_path / "whole")
+    assert corpus.document_lengths.tolist() == whole.document_lengths.tolist()
+    assert b"".join(block.tobytes() for block in corpus.blocks()) == (tmp_path / "whole.bin").read_bytes()
+    for document in (0, 1, 29997, 29998, 59995):
+        assert corpus.read(document, 0, 2).tolist() == whole.read(document, 0, 2).tolist()
+    assert find_problems(corpus) == []
+    texts = [path.read_text() for path in sorted(tmp_path.glob("c.shard*.rejects.jsonl"))]
+    rejects = [json.loads(line)["line"] for line in "".join(texts).splitlines()]
+    assert rejects == [4, 20001, 4, 20001]  # as the file counts them, also where a shard begins within it
+
+
+def test_a_folder_of_code_keeps_its_paths(tmp_path, tokenizer_folder):
+    for name, content in (("b.py", "b = 1"), ("sub/a.py", "a = 1"), ("empty.py", ""), ("picture.png", "\0")):
+        (tmp_path / "code" / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "code" / name).write_text(content)
+    done = run(tmp_path, "--input", "code", "--include", "*.py", "--tokenizer", tokenizer_folder, "--output", "c")
+    assert done.returncode == 0, done.stderr
+    paths = [json.loads(line)["path"] for line in (tmp_path / "c.documents.jsonl").read_text().splitlines()]
+    assert paths == [str(tmp_path / "code" / "b.py"), str(tmp_path / "code" / "sub" / "a.py")]
+    assert find_problems(IndexedCorpus(tmp_path / "c")) == []
+    (tmp_path / "code" / "b.py").write_text("b = 2")
+    assert find_problems(IndexedCorpus(tmp_path / "c")) == [f"source {tmp_path / 'code'} has changed since"]
+
+
+def test_two_processes_do_not_make_one_corpus(tmp_path, tokenizer_folder, source):
+    import fcntl
+
+    (tmp_path / "c.parts").mkdir()
+    with open(tmp_path / "c.parts" / "lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        done = run(tmp_path, "--input", source, "--tokenizer", tokenizer_folder, "--output", "c")
+    assert done.returncode == 2 and "another process is making this corpus" in done.stderr

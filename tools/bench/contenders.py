@@ -72,7 +72,7 @@ def prepare(folder: Path) -> None:
     from transformers import LlamaConfig, LlamaForCausalLM
     from transformers.utils.logging import disable_progress_bar
 
-    from cpt_mega.data.indexed import IndexedCorpusWriter
+    from cpt_mega.data.indexed_writer import IndexedCorpusWriter
     from cpt_mega.hf.convert import import_hf
 
     disable_progress_bar()

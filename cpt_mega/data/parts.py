@@ -1,0 +1,315 @@
+"""``PREFIX.parts``: what is there of a corpus that is being made.
+
+Each unit of the inputs becomes a **part**: tokens, document lengths, rejects, and at last a report. A part with a report is
+complete, whoever was killed when. The parts' tokens are appended in order to one file, which in the end becomes
+``PREFIX.bin``; a part's own token file is removed after that, so that a corpus needs its own size on disk and little more.
+"""
+
+import contextlib
+import fcntl
+import json
+import os
+import shutil
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+
+import numpy as np
+import orjson
+
+from cpt_mega.data.encode import EncodedBatch
+from cpt_mega.data.indexed import PartDigest, documents_path, mask_path, shards_path
+from cpt_mega.data.indexed_writer import check_lengths, install_corpus, write_index
+from cpt_mega.data.manifest import CorpusManifest, manifest_path
+from cpt_mega.data.rejects import Reject, RejectCounts, reject_line, rejects_path
+from cpt_mega.errors import InputError
+from cpt_mega.lineage import text_digest, write_json
+
+COPY_BYTES = 1 << 30
+SYNC_TOKENS = 32 << 20
+TOKENS, MASK, LENGTHS, DOCUMENTS, REJECTS = "tokens", "mask", "lengths", "documents", "rejects"
+
+
+@dataclass(frozen=True)
+class PartReport:
+    """What a part holds.
+
+    Attributes:
+        documents, tokens, text_bytes: counts.
+        rejects: documents that were left out.
+        lines: of the input, blank ones included.
+        sha256: see ``PartDigest``.
+        source_sha256: of the bytes of the input.
+    """
+
+    documents: int
+    tokens: int
+    text_bytes: int
+    rejects: int
+    lines: int
+    sha256: str
+    source_sha256: str
+
+
+class PartFolder:
+    """The folder, for one process that joins parts and any number that write them.
+
+    Args:
+        prefix: of the corpus.
+        recipe: everything that decides what comes out; parts of another recipe are removed.
+        dtype: of tokens.
+        with_mask, with_documents: whether parts have a loss mask, and a line about every document.
+    """
+
+    def __init__(self, prefix: str, recipe: object, dtype: np.dtype, with_mask: bool, with_documents: bool):
+        self.prefix, self.dtype = prefix, np.dtype(dtype)
+        self.path = Path(f"{prefix}.parts")
+        self.joined_widths = {TOKENS: self.dtype.itemsize} | ({MASK: 1} if with_mask else {})  # bytes of a token
+        self.with_documents = with_documents
+        self._recipe = text_digest(json.dumps(recipe, sort_keys=True))
+
+    def __enter__(self) -> "PartFolder":
+        """Raises InputError when another process is making this corpus."""
+        self.path.mkdir(parents=True, exist_ok=True)
+        self._lock = open(self.path / "lock", "w")  # noqa: SIM115  held until the end
+        try:
+            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            self._lock.close()
+            raise InputError("--output", self.prefix, "another process is making this corpus; wait for it") from error
+        except OSError:
+            pass  # a file system without locks
+        if self._recipe_there() != self._recipe:
+            self._empty()
+            write_json(self.path / "recipe.json", self._recipe)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._lock.close()
+
+    def report(self, part: int) -> PartReport | None:
+        """Of a complete part; None when it is still to do."""
+        try:
+            return PartReport(**json.loads(self._file(part, "json").read_text()))
+        except (OSError, ValueError, TypeError):
+            return None
+
+    @contextlib.contextmanager
+    def write(self, part: int) -> Iterator["PartWriter"]:
+        """A writer of a part; ``finish`` completes it, and what is not finished does not count."""
+        with contextlib.ExitStack() as stack:
+            kinds = [*self.joined_widths, LENGTHS, REJECTS, *([DOCUMENTS] if self.with_documents else [])]
+            streams = {kind: stack.enter_context(open(self._file(part, kind), "wb")) for kind in kinds}
+            yield PartWriter(streams, self._file(part, "json"))
+
+    def lengths(self, part: int) -> np.ndarray:
+        """Tokens of each document of a part, int32."""
+        return np.fromfile(self._file(part, LENGTHS), "<i4")
+
+    def rejects(self, part: int) -> Iterator[Reject]:
+        """Those of a part, in order; lines as the unit counts them."""
+        with open(self._file(part, REJECTS), "rb") as stream:
+            for line in stream:
+                yield Reject(**orjson.loads(line))
+
+    def joined_file(self, kind: str) -> Path:
+        """The file that the parts' tokens, masks and so on are appended to."""
+        return self.path / f"all.{kind}"
+
+    def _file(self, part: int, kind: str) -> Path:
+        return self.path / f"{part:06d}.{kind}"
+
+    def _recipe_there(self) -> str | None:
+        try:
+            return json.loads((self.path / "recipe.json").read_text())
+        except (OSError, ValueError):
+            return None
+
+    def _empty(self) -> None:
+        for path in self.path.iterdir():
+            if path.name != "lock":
+                path.unlink()
+
+    def forget_unless_whole(self, part: int) -> None:
+        """Makes a part one that is still to do when its files do not hold what its report says."""
+        report = self.report(part)
+        if report is None:
+            return
+        expected = {kind: report.tokens * width for kind, width in self.joined_widths.items()}
+        expected[LENGTHS] = report.documents * 4
+        files = {kind: self._file(part, kind) for kind in expected}
+        if any(not path.exists() or path.stat().st_size != expected[kind] for kind, path in files.items()):
+            self._file(part, "json").unlink()
+
+    def is_joined(self, part: int) -> bool:
+        """Whether the part's tokens have been appended."""
+        return not self._file(part, TOKENS).exists()
+
+    def append(self, part: int, kind: str, target: Path) -> None:
+        """Appends a part's file of a kind to another, inside the kernel."""
+        # sendfile refuses a file opened for appending
+        target.touch()
+        with open(self._file(part, kind), "rb") as source, open(target, "r+b") as stream:
+            stream.seek(0, os.SEEK_END)
+            left, at = os.fstat(source.fileno()).st_size, 0
+            while at < left:
+                at += os.sendfile(stream.fileno(), source.fileno(), at, min(COPY_BYTES, left - at))
+
+    def remove_joined(self, part: int) -> None:
+        """Removes what has been appended; the tokens last, as they say that all was."""
+        for kind in reversed(self.joined_widths):
+            self._file(part, kind).unlink()
+
+
+class PartWriter:
+    """Writes one part, batch by batch."""
+
+    def __init__(self, streams: dict, report: Path):
+        self._streams, self._report = streams, report
+        self._digest = PartDigest()
+        self._counts = dict.fromkeys(("documents", "tokens", "text_bytes", "rejects", "lines"), 0)
+
+    def add(self, batch: EncodedBatch) -> None:
+        """Appends a batch. Raises InputError for a document that the format cannot hold."""
+        check_lengths(batch.lengths)
+        lengths = batch.lengths.astype("<i4")
+        self._streams[TOKENS].write(batch.tokens.data)
+        self._streams[LENGTHS].write(lengths.data)
+        if MASK in self._streams:
+            self._streams[MASK].write(batch.mask.data)
+        if DOCUMENTS in self._streams:
+            paths = (orjson.dumps({"path": document.path}, option=orjson.OPT_APPEND_NEWLINE) for document in batch.kept)
+            self._streams[DOCUMENTS].writelines(paths)
+        self._streams[REJECTS].writelines(map(reject_line, batch.rejects))
+        self._digest.add(batch.tokens, batch.mask)
+        self._digest.add_lengths(lengths)
+        found = (len(lengths), batch.tokens.size, batch.text_bytes, len(batch.rejects), batch.lines)
+        for name, count in zip(self._counts, found, strict=True):
+            self._counts[name] += count
+
+    def finish(self, source_sha256: str) -> PartReport:
+        """Completes the part: its report is written last."""
+        for stream in self._streams.values():
+            stream.flush()
+        report = PartReport(**self._counts, sha256=self._digest.hexdigest(), source_sha256=source_sha256)
+        # Not forced to the disk: a report that outlives its files in a power cut is found out by their sizes.
+        unfinished = self._report.with_suffix(".tmp")
+        unfinished.write_text(json.dumps(asdict(report)))
+        os.replace(unfinished, self._report)
+        return report
+
+
+class Joiner:
+    """Appends complete parts in order, and makes the corpus of them.
+
+    ``reports`` are those of the parts that are appended.
+
+    Args:
+        folder: opened.
+        parts: how many there are to be.
+    """
+
+    def __init__(self, folder: PartFolder, parts: int):
+        self.folder, self.parts = folder, parts
+        self.reports: list[PartReport] = []
+        self._background, self._syncing, self._unsynced = ThreadPoolExecutor(1), None, 0
+        self._recover()
+
+    def to_do(self) -> list[int]:
+        """Parts that are not complete."""
+        later = range(len(self.reports), self.parts)
+        return [part for part in later if self.folder.report(part) is None]
+
+    def join_ready(self) -> None:
+        """Appends every part that is complete and next.
+
+        What has been appended is sent to the disk meanwhile: otherwise all would wait for it at the end.
+        """
+        while len(self.reports) < self.parts and (report := self.folder.report(len(self.reports))):
+            part = len(self.reports)
+            for kind in self.folder.joined_widths:
+                self.folder.append(part, kind, self.folder.joined_file(kind))
+            self.folder.remove_joined(part)
+            self.reports.append(report)
+            self._unsynced += report.tokens
+        if self._unsynced > SYNC_TOKENS and (self._syncing is None or self._syncing.done()):
+            self._unsynced = 0
+            self._syncing = self._background.submit(_to_disk, self.folder.joined_file(TOKENS))
+
+    def install(self, manifest: CorpusManifest) -> None:
+        """Puts the corpus where it belongs and removes the folder; until the last moment the old corpus stands."""
+        self._background.shutdown()
+        folder, prefix = self.folder, self.folder.prefix
+        index = folder.path / "all.idx"
+        with open(index, "wb") as stream:
+            write_index(stream, folder.dtype, lambda: map(folder.lengths, range(self.parts)))
+        if folder.with_documents:
+            self._join_anew(DOCUMENTS)
+        for kind in (*folder.joined_widths, "idx"):
+            _to_disk(folder.joined_file(kind))
+        # The old manifest does not describe what is renamed into place now.
+        manifest_path(prefix).unlink(missing_ok=True)
+        shards_path(prefix).unlink(missing_ok=True)
+        optional = {MASK: mask_path(prefix), DOCUMENTS: documents_path(prefix), REJECTS: rejects_path(prefix)}
+        for kind, target in optional.items():
+            target.unlink(missing_ok=True)
+            if folder.joined_file(kind).exists():
+                os.replace(folder.joined_file(kind), target)
+        install_corpus(prefix, folder.joined_file(TOKENS), index)
+        manifest.write(prefix)
+        shutil.rmtree(folder.path)
+
+    def collect_rejects(self, lines_before: Callable[[int], int]) -> RejectCounts:
+        """Counts the rejects of all parts and writes them to one file, if there are any.
+
+        ``lines_before(part)`` is what the line numbers of a part lack; it is asked only for parts with rejects.
+        """
+        counts, path = RejectCounts(), self.folder.joined_file(REJECTS)
+        path.unlink(missing_ok=True)
+        for part, report in enumerate(self.reports):
+            if not report.rejects:
+                continue
+            before = lines_before(part)
+            with open(path, "ab") as stream:
+                for found in self.folder.rejects(part):
+                    reject = replace(found, line=found.line + before)
+                    counts.add(reject)
+                    stream.write(reject_line(reject))
+        return counts
+
+    def _join_anew(self, kind: str) -> None:
+        target = self.folder.joined_file(kind)
+        target.unlink(missing_ok=True)
+        for part in range(self.parts):
+            self.folder.append(part, kind, target)
+
+    def _recover(self) -> None:
+        """Takes up what an earlier process joined, as far as it is all there; cuts off what it had not finished."""
+        folder = self.folder
+        reports: list[PartReport] = []
+        while len(reports) < self.parts and folder.is_joined(len(reports)) and (report := folder.report(len(reports))):
+            reports.append(report)
+        self.reports = reports[: _covered(reports, folder)]
+        for part in range(len(self.reports), self.parts):
+            folder.forget_unless_whole(part)
+        for kind, width in folder.joined_widths.items():
+            with open(folder.joined_file(kind), "ab") as stream:
+                stream.truncate(sum(report.tokens for report in self.reports) * width)
+
+
+def _covered(reports: Sequence[PartReport], folder: PartFolder) -> int:
+    """How many of the first reports the joined files hold the tokens of."""
+    held = [_size(folder.joined_file(kind)) // width for kind, width in folder.joined_widths.items()]
+    ends = np.cumsum([report.tokens for report in reports], dtype=np.int64)
+    return int(np.searchsorted(ends, min(held), side="right"))
+
+
+def _size(path: Path) -> int:
+    return path.stat().st_size if path.exists() else 0
+
+
+def _to_disk(path: Path) -> None:
+    with open(path, "rb") as stream:
+        os.fsync(stream.fileno())
+    os.chmod(path, 0o644)

@@ -1,0 +1,81 @@
+"""A corpus that several machines made, one shard each: ``PREFIX.shard-00002-of-00008.bin`` and so on.
+
+Shards are consecutive units of the inputs (``units.shard_of``), so the merged corpus has the documents of an unsharded one
+in the same order, and the same manifest. Merging writes two small files; no token is copied.
+"""
+
+import os
+import re
+from collections.abc import Sequence
+from pathlib import Path
+
+from cpt_mega.data.indexed import IndexedCorpus, corpus_files, shards_path
+from cpt_mega.data.manifest import CorpusManifest, describe_sources, load_manifest, parts_digest, strip_measures
+from cpt_mega.errors import InputError
+from cpt_mega.lineage import write_json
+
+SAME = ("tokenizer_digest", "vocab_size", "eos_id", "bos_id", "dtype", "tool_version", "loss_mask")
+SUMMED = ("documents", "tokens", "token_bytes", "rejects", "empty")
+
+
+def shard_prefix(prefix: str, index: int, shards: int) -> str:
+    """Where a shard of a corpus lies."""
+    return f"{prefix}.shard-{index:05d}-of-{shards:05d}"
+
+
+def merge_shards(prefix: str) -> CorpusManifest:
+    """Makes one corpus of the shards of PREFIX: ``PREFIX.shards.json`` and ``PREFIX.manifest.json``.
+
+    Raises InputError when shards are missing, of several runs, damaged, or an unsharded corpus stands there.
+    """
+    if corpus_files(prefix)[1].exists():
+        raise InputError("PREFIX", prefix, "a corpus of its own stands there; remove it, or merge under another name")
+    names = _all_shards(prefix)
+    manifests = [_shard_manifest(name) for name in names]
+    _check_same(names, manifests)
+    parts = [part for manifest in manifests for part in manifest.parts]
+    sources = describe_sources(strip_measures(manifests[0].sources), parts)
+    merged = CorpusManifest(
+        **{name: getattr(manifests[0], name) for name in SAME},
+        **{name: sum(getattr(manifest, name) for manifest in manifests) for name in SUMMED},
+        content_digest=parts_digest(parts),
+        parts=parts,
+        sources=sources,
+    )
+    write_json(shards_path(prefix), [os.path.basename(name) for name in names])
+    merged.check_against(IndexedCorpus(prefix))
+    merged.write(prefix)
+    return merged
+
+
+def _all_shards(prefix: str) -> list[str]:
+    """The prefixes of all shards, in order."""
+    folder, base = os.path.split(prefix)
+    pattern = re.compile(re.escape(base) + r"\.shard-(\d{5})-of-(\d{5})\.manifest\.json")
+    found = sorted(filter(None, map(pattern.fullmatch, os.listdir(folder or "."))), key=lambda match: match.groups())
+    counts = sorted({int(match[2]) for match in found})
+    if len(counts) != 1:
+        fix = f"shards of {counts} lie there; remove those of other runs" if counts else "no shard of it is complete"
+        raise InputError("PREFIX", prefix, fix)
+    missing = sorted(set(range(counts[0])) - {int(match[1]) for match in found})
+    if missing:
+        named = ", ".join(map(str, missing[:10])) + (" ..." if len(missing) > 10 else "")
+        raise InputError("PREFIX", prefix, f"{len(missing)} of {counts[0]} shards are not complete: {named}; run them")
+    return [shard_prefix(prefix, index, counts[0]) for index in range(counts[0])]
+
+
+def _shard_manifest(prefix: str) -> CorpusManifest:
+    manifest = load_manifest(prefix)
+    manifest.check_against(IndexedCorpus(prefix))
+    return manifest
+
+
+def _check_same(names: Sequence[str], manifests: Sequence[CorpusManifest]) -> None:
+    first = manifests[0]
+    for name, manifest in zip(names, manifests, strict=True):
+        for field in SAME:
+            if getattr(manifest, field) != getattr(first, field):
+                fix = f"{names[0]} has {getattr(first, field)}; make all shards in one way"
+                raise InputError(f"{Path(name).name} {field}", getattr(manifest, field), fix)
+        if strip_measures(manifest.sources) != strip_measures(first.sources):
+            raise InputError(f"{Path(name).name} sources", "differ", "make all shards of the same inputs")
