@@ -10,6 +10,8 @@ The contract that no document leaks into another:
   that the model has not seen, so a legitimate target, and no token of a split document goes untrained but the first.
 - Padding is one more document at the end of the row, with mask 0: it attends to itself and nothing attends to it.
 - The mask goes by position, never by id: an EOS that is a target counts, whatever the padding id.
+- A corpus with a loss mask of its own (chats of which only the assistant's turns count) leaves out the targets that it
+  does not count; they stay context.
 """
 
 from dataclasses import dataclass
@@ -65,8 +67,10 @@ def build_row(
             _check_ids(corpus, document, tokens, vocab_size)
         ids[at : at + length] = tokens[:length]
         targets = len(tokens) - 1
-        labels[at : at + targets] = tokens[1:]
-        loss_mask[at : at + targets] = 1
+        # by the target, which is the next token: the corpus says which of its tokens count
+        counts = corpus.read_mask(document, start, len(tokens))[1:]
+        labels[at : at + targets] = np.where(counts, tokens[1:], pad_id)
+        loss_mask[at : at + targets] = counts
         doc_lengths.append(length)
         at += length
     if at < seq_length:

@@ -3,6 +3,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from cpt_mega.data.indexed import IndexedCorpus, mask_path
 from cpt_mega.data.packing import plan_rows
 from cpt_mega.data.rows import build_row
 from cpt_mega.errors import InputError
@@ -32,6 +33,18 @@ def test_an_eos_that_is_the_padding_id_still_counts(tmp_path):
     corpus = write_corpus(tmp_path / "c", [[5, 1], [6, 1]])
     row = build_row(corpus, plan_rows(corpus.document_lengths, 4), 0, 4, pad_id=1)
     assert row.loss_mask.tolist() == [1, 0, 1, 0]
+
+
+def test_a_corpus_says_which_of_its_tokens_count(tmp_path):
+    write_corpus(tmp_path / "c", [[10, 11, 12, 13], [20, 21]])
+    mask_path(tmp_path / "c").write_bytes(bytes([1, 0, 1, 1, 1, 0]))
+    corpus = IndexedCorpus(tmp_path / "c")
+    row = build_row(corpus, plan_rows(corpus.document_lengths, 8), 0, 8, pad_id=9)
+    assert row.ids.tolist() == [10, 11, 12, 13, 20, 21, 9, 9]
+    assert row.labels.tolist() == [9, 12, 13, 9, 9, 9, 9, 9]
+    assert row.loss_mask.tolist() == [0, 1, 1, 0, 0, 0, 0, 0]
+    split = plan_rows(corpus.document_lengths, 2, "concat")
+    assert [build_row(corpus, split, row, 2).loss_mask.tolist() for row in range(3)] == [[0, 1], [1, 0], [0, 0]]
 
 
 @pytest.mark.parametrize("method", ["concat", "best_fit"])
