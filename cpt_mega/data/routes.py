@@ -1,14 +1,17 @@
 """Which encoder turns a corpus into ids: the fastest that gives the ids of the model's own tokenizer, proved on the way in.
 
 A route is a way from texts to ids. ``reference`` is the tokenizer's own library and always right. ``gigatoken`` (MIT) is a
-young library and much faster; it is taken for a tokenizer only after its ids have been those of the reference on a sample
-of the very corpus and on ``NASTY``. A new route is a class with ``encode`` and a line in ``ROUTES``.
+young library and much faster, ``tiktoken`` (MIT) an older one in between, for byte-level BPE alone. Either is taken for a
+tokenizer only after its ids have been those of the reference on a sample of the very corpus and on ``NASTY``. A new route
+is a class with ``encode`` and a line in ``ROUTES``.
 """
 
 import importlib.util
+import unicodedata
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from itertools import chain
+from pathlib import Path
 from typing import Protocol
 
 import numpy as np
@@ -18,6 +21,8 @@ from cpt_mega.data.tokenizer import HF_FILE, TextTokenizer
 from cpt_mega.errors import InputError
 
 AUTO, REFERENCE = "auto", "reference"
+GPT2_PATTERN = r"""'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"""
+NONCHARACTER = "\ufdd0"  # stands in no text
 # What encoders get wrong first: normalisation, runs of blanks and line ends, digits, joined emoji, marks without a letter,
 # other scripts, private use, NUL, byte order marks, contractions, very long words, special tokens spelt out.
 NASTY = (
@@ -61,7 +66,7 @@ class ReferenceRoute:
 
 
 class GigatokenRoute:
-    """gigatoken over ``tokenizer.json`` without its special tokens, which it would find in texts.
+    """gigatoken over ``tokenizer.json`` or a SentencePiece BPE model, without the special tokens: it would find them in texts.
 
     Raises InputError when the library is missing or does not take the tokenizer.
     """
@@ -69,12 +74,8 @@ class GigatokenRoute:
     def __init__(self, tokenizer: TextTokenizer):
         if importlib.util.find_spec("gigatoken") is None:
             raise InputError("--encoder", "gigatoken", "is not installed; pip install gigatoken")
-        if tokenizer.path.name != HF_FILE:
-            raise InputError("--encoder", "gigatoken", f"reads {HF_FILE}; this is {tokenizer.path.name}")
-        spec = orjson.loads(tokenizer.path.read_bytes())
-        added = [token for token in spec.get("added_tokens") or () if not token["special"]]
-        plain = {"added_tokens": added, "post_processor": None, "truncation": None, "padding": None}
-        self._spec = orjson.dumps(spec | plain).decode()
+        is_hf = tokenizer.path.name == HF_FILE
+        self._spec = _plain_hf(tokenizer.path) if is_hf else _plain_sentencepiece(tokenizer.path)
         self._renew()
 
     def encode(self, texts: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
@@ -92,12 +93,94 @@ class GigatokenRoute:
         import gigatoken
 
         try:
-            self._encoder, self._seen = gigatoken.Tokenizer.from_json(self._spec), 0
+            kind = gigatoken.Tokenizer
+            made = kind.from_json(self._spec) if isinstance(self._spec, str) else kind.from_sentencepiece(self._spec)
+            self._encoder, self._seen = made, 0
         except Exception as error:  # the library raises bare ones
             raise InputError("--encoder", "gigatoken", f"does not take this tokenizer: {error}") from error
 
 
-ROUTES = {"gigatoken": GigatokenRoute, REFERENCE: ReferenceRoute}
+def _plain_hf(path: Path) -> str:
+    """A ``tokenizer.json`` without special tokens, and without what puts any around a text."""
+    spec = orjson.loads(path.read_bytes())
+    added = [token for token in spec.get("added_tokens") or () if not token["special"]]
+    plain = {"added_tokens": added, "post_processor": None, "truncation": None, "padding": None}
+    return orjson.dumps(spec | plain).decode()
+
+
+def _plain_sentencepiece(path: Path) -> bytes:
+    """A SentencePiece model whose control pieces no text can spell; their ids stay."""
+    from sentencepiece import sentencepiece_model_pb2
+
+    model = sentencepiece_model_pb2.ModelProto.FromString(path.read_bytes())
+    for piece in model.pieces:
+        if piece.type == piece.CONTROL:
+            piece.piece = NONCHARACTER + piece.piece
+    return model.SerializeToString()
+
+
+class TiktokenRoute:
+    """tiktoken over the vocabulary and the pattern of a byte-level BPE ``tokenizer.json``.
+
+    It merges by the ids of the results, which is the order of the merges in a vocabulary that was trained in one go.
+    Raises InputError when the library is missing or the tokenizer is of another kind.
+    """
+
+    def __init__(self, tokenizer: TextTokenizer):
+        if importlib.util.find_spec("tiktoken") is None:
+            raise InputError("--encoder", "tiktoken", "is not installed; pip install tiktoken")
+        import tiktoken
+
+        spec = orjson.loads(tokenizer.path.read_bytes()) if tokenizer.path.name == HF_FILE else {}
+        pattern, normal_form = _byte_level_pattern(spec), spec.get("normalizer")
+        if pattern is None or (normal_form or {"type": "NFC"}) != {"type": "NFC"}:
+            raise InputError("--encoder", "tiktoken", "takes byte-level BPE alone, as it is or under NFC")
+        self._normalise = normal_form is not None
+        bytes_of = {letter: bytes([byte]) for byte, letter in enumerate(_byte_letters())}
+        added = spec.get("added_tokens") or ()
+        merged = spec["model"]["vocab"].keys() - {token["content"] for token in added}
+        ranks = {b"".join(map(bytes_of.__getitem__, token)): spec["model"]["vocab"][token] for token in merged}
+        wanted = {token["content"]: token["id"] for token in added if not token["special"]}
+        self._added = set(wanted)
+        self._encoder = tiktoken.Encoding("corpus", pat_str=pattern, mergeable_ranks=ranks, special_tokens=wanted)
+
+    def encode(self, texts: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
+        """See Route."""
+        if self._normalise:
+            texts = [unicodedata.normalize("NFC", text) for text in texts]
+        encoded = [
+            self._encoder.encode_to_numpy(text, allowed_special=self._added, disallowed_special=()) for text in texts
+        ]
+        lengths = np.fromiter(map(len, encoded), np.int64, len(encoded))
+        return np.concatenate([np.empty(0, np.uint32), *encoded]), lengths
+
+
+def _byte_letters() -> list[str]:
+    """The letter that stands for each byte in a byte-level vocabulary (``bytes_to_unicode`` of GPT-2's encoder.py)."""
+    printable = {*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)}
+    others = [byte for byte in range(256) if byte not in printable]
+    return [chr(byte) if byte in printable else chr(256 + others.index(byte)) for byte in range(256)]
+
+
+def _byte_level_pattern(spec: dict) -> str | None:
+    """The pattern by which a byte-level BPE cuts words; None for any other tokenizer."""
+    model, cut = spec.get("model") or {}, spec.get("pre_tokenizer") or {}
+    steps = cut.get("pretokenizers", [cut])
+    last = steps[-1]
+    if model.get("type") != "BPE" or model.get("byte_fallback") or model.get("dropout"):
+        return None
+    if last.get("type") != "ByteLevel" or last.get("add_prefix_space"):
+        return None
+    if len(steps) == 1 and last.get("use_regex", True):
+        return GPT2_PATTERN
+    if len(steps) == 2 and not last.get("use_regex", True) and steps[0].get("type") == "Split":
+        split = steps[0]
+        is_plain = split.get("behavior") == "Isolated" and not split.get("invert")
+        return split["pattern"].get("Regex") if is_plain else None
+    return None
+
+
+ROUTES = {"gigatoken": GigatokenRoute, "tiktoken": TiktokenRoute, REFERENCE: ReferenceRoute}
 
 
 @dataclass(frozen=True)

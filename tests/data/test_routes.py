@@ -1,10 +1,21 @@
+import json
+
 import numpy as np
 import pytest
+import sentencepiece
 import tokenizers
 from tokenizers import Regex, decoders, models, normalizers, pre_tokenizers, trainers
 
 from cpt_mega.data import routes
-from cpt_mega.data.routes import NASTY, REFERENCE, ReferenceRoute, choose_route, first_difference, open_route
+from cpt_mega.data.routes import (
+    NASTY,
+    REFERENCE,
+    ReferenceRoute,
+    TiktokenRoute,
+    choose_route,
+    first_difference,
+    open_route,
+)
 from cpt_mega.data.tokenizer import TextTokenizer
 from cpt_mega.errors import InputError
 from tests.helpers.corpora import TEXTS
@@ -64,6 +75,7 @@ def kind(tmp_path_factory):
         folder = tmp_path_factory.mktemp(name)
         tokenizer, trainer = KINDS[name]()
         tokenizer.train_from_iterator(TEXTS * 5, trainer)
+        tokenizer.add_tokens(["<tool>"])
         tokenizer.save(str(folder / "tokenizer.json"))
         (folder / "tokenizer_config.json").write_text('{"eos_token": "<|endoftext|>"}')
         return TextTokenizer.load(folder)
@@ -78,6 +90,72 @@ def test_the_route_taken_gives_the_tokenizers_ids(kind, name):
     assert chosen.name == EXPECTED[name]
     assert (chosen.name == REFERENCE) == bool(chosen.passed_over)
     assert first_difference(chosen.route, ReferenceRoute(tokenizer), [*TEXTS, *NASTY]) is None
+
+
+@pytest.mark.parametrize("name", ["gpt2", "llama3", "qwen"])
+def test_tiktoken_is_exact_for_byte_level_bpe(kind, name):
+    tokenizer = kind(name)
+    route = choose_route(tokenizer, "tiktoken", TEXTS).route
+    assert isinstance(route, TiktokenRoute)
+    specials = {tokenizer.encoder.tokenizer.token_to_id(token) for token in SPECIALS}
+    tokens, _ = route.encode(["a <|endoftext|> b <tool> c"])
+    assert not specials & set(tokens.tolist())
+    assert tokenizer.encoder.tokenizer.token_to_id("<tool>") in tokens  # an added token that is not special is found
+
+
+@pytest.mark.parametrize("name", ["llama2", "unigram"])
+def test_tiktoken_takes_no_other_kind(kind, name):
+    with pytest.raises(InputError, match="--encoder = 'tiktoken': takes byte-level BPE alone"):
+        choose_route(kind(name), "tiktoken", [])
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"normalizer": {"type": "Lowercase"}},
+        {"pre_tokenizer": {"type": "ByteLevel", "add_prefix_space": True, "trim_offsets": True, "use_regex": True}},
+        {"pre_tokenizer": {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": False}},
+    ],
+    ids=["lower case", "a blank in front", "no pattern"],
+)
+def test_tiktoken_refuses_what_it_cannot_do(kind, change):
+    path = kind("gpt2").path
+    path.write_text(json.dumps(json.loads(path.read_text()) | change))
+    with pytest.raises(InputError, match="takes byte-level BPE alone"):
+        open_route(TextTokenizer.load(path), "tiktoken")
+
+
+def test_the_next_exact_route_is_taken(kind, monkeypatch):
+    monkeypatch.setitem(routes.ROUTES, "gigatoken", Liar)
+    chosen = choose_route(kind("llama3"), "auto", TEXTS)
+    assert chosen.name == "tiktoken" and len(chosen.passed_over) == 1
+
+
+AS_LLAMA2 = {"normalization_rule_name": "identity", "remove_extra_whitespaces": False}
+
+
+@pytest.mark.parametrize(
+    ("model", "options", "expected"),
+    [("bpe", AS_LLAMA2, "gigatoken"), ("bpe", {}, REFERENCE), ("unigram", AS_LLAMA2, REFERENCE)],
+    ids=["as Llama 2", "under NFKC", "unigram"],
+)
+def test_sentencepiece_models(tmp_path, model, options, expected):
+    """Control pieces that are spelt out in a text are text, by every route."""
+    (tmp_path / "text").write_text("\n".join(TEXTS * 20))
+    sentencepiece.SentencePieceTrainer.train(
+        input=str(tmp_path / "text"),
+        model_prefix=str(tmp_path / "tokenizer"),
+        vocab_size=400,
+        model_type=model,
+        byte_fallback=True,
+        hard_vocab_limit=False,
+        minloglevel=2,
+        **options,
+    )
+    tokenizer = TextTokenizer.load(tmp_path)
+    chosen = choose_route(tokenizer, "auto", [*TEXTS, "a </s> b <s>"])
+    assert chosen.name == expected
+    assert not {tokenizer.eos_id, tokenizer.bos_id} & set(chosen.route.encode(["a </s> b <s>"])[0].tolist())
 
 
 @pytest.mark.parametrize("name", ["gpt2", "llama3", "qwen", "llama2"])
@@ -98,8 +176,12 @@ class Liar(ReferenceRoute):
 def test_an_encoder_that_gives_other_ids_is_passed_over(kind, monkeypatch):
     monkeypatch.setitem(routes.ROUTES, "gigatoken", Liar)
     tokenizer = kind("gpt2")
+    monkeypatch.setitem(routes.ROUTES, "tiktoken", Liar)
     chosen = choose_route(tokenizer, "auto", TEXTS)
-    assert chosen.name == REFERENCE and chosen.passed_over[0].startswith("gigatoken: gives [")
+    assert chosen.name == REFERENCE and [words[:17] for words in chosen.passed_over] == [
+        "gigatoken: gives ",
+        "tiktoken: gives [",
+    ]
     with pytest.raises(InputError, match="--encoder = 'gigatoken': gives"):
         choose_route(tokenizer, "gigatoken", TEXTS)
 
@@ -107,7 +189,8 @@ def test_an_encoder_that_gives_other_ids_is_passed_over(kind, monkeypatch):
 def test_a_library_that_is_not_there_is_passed_over(kind, monkeypatch):
     monkeypatch.setattr(routes.importlib.util, "find_spec", lambda name: None)
     chosen = choose_route(kind("gpt2"), "auto", [])
-    assert chosen.name == REFERENCE and "pip install gigatoken" in chosen.passed_over[0]
+    assert chosen.name == REFERENCE
+    assert ["pip install" in words for words in chosen.passed_over] == [True, True]
 
 
 def test_a_cache_that_starts_anew_changes_nothing(kind, monkeypatch):
