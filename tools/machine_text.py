@@ -5,11 +5,26 @@ pure function of their content, so two machines with the same packages get the s
 """
 
 import ast
+import gzip
 import hashlib
+import os
+import sys
 import sysconfig
+import zlib
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
+TEXT_ROOTS = ("/usr/share", "/usr/include", "/usr/lib", "/usr/local", "/usr/src", "/opt", "/etc")
+TEXT_SUFFIXES = frozenset(
+    f".{suffix}"
+    for words in (
+        "c cc cpp cu cuh el go h hip hpp inl java js lua pl pm py pyi pyx rb rs sh tcl ts",  # code
+        "1 3 5 7 8 html md rst tex txt",  # manual pages and documentation
+        "cfg css ini json po svg toml xml yaml yml",  # data
+    )
+    for suffix in words.split()
+)
+LARGEST_TEXT_BYTES, LEAST_TEXT_BYTES = 20_000_000, 200
 _LEFT_OUT = {
     "test",
     "tests",
@@ -43,6 +58,38 @@ def docstring_prose(packages: Iterable[str] = ("numpy", "torch", "transformers")
                 if digest not in seen:
                     seen.add(digest)
                     yield text
+
+
+def distinct_texts(limit_bytes: int) -> Iterator[str]:
+    """Text files of this machine, each content once, until their sizes reach a limit: code, manual pages, documentation, data.
+
+    What they are depends on what is installed, so no two machines give the same: for measurements alone.
+    """
+    seen: set[bytes] = set()
+    roots = dict.fromkeys([*TEXT_ROOTS, sys.base_prefix, sys.prefix])
+    for path in (path for root in roots for path in _text_files(Path(root))):
+        try:
+            raw = gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
+            text = raw.decode()
+        except (OSError, EOFError, UnicodeDecodeError, zlib.error):
+            continue
+        digest = hashlib.sha256(raw).digest()
+        if len(raw) < LEAST_TEXT_BYTES or digest in seen:
+            continue
+        seen.add(digest)
+        yield text
+        limit_bytes -= len(raw)
+        if limit_bytes <= 0:
+            return
+
+
+def _text_files(root: Path) -> Iterator[Path]:
+    for folder, folders, names in os.walk(root):
+        folders.sort()
+        for path in (Path(folder, name) for name in sorted(names)):
+            suffix = Path(path.stem).suffix if path.suffix == ".gz" else path.suffix
+            if suffix in TEXT_SUFFIXES and not path.is_symlink() and path.stat().st_size <= LARGEST_TEXT_BYTES:
+                yield path
 
 
 def take_bytes(documents: Iterable[str], limit_bytes: int) -> list[str]:

@@ -24,7 +24,7 @@ from cpt_mega.data.manifest import (
     strip_measures,
 )
 from cpt_mega.data.parts import Joiner, PartFolder, PartReport
-from cpt_mega.data.readers import Fields, JsonlRange, Unit
+from cpt_mega.data.readers import Batch, Fields, JsonlRange, Unit
 from cpt_mega.data.rejects import Reject, RejectCounts
 from cpt_mega.data.routes import AUTO, REFERENCE, ROUTES, ChosenRoute, choose_route
 from cpt_mega.data.shards import shard_prefix
@@ -200,7 +200,7 @@ def _sample(units: Sequence[Unit], fields: Fields) -> Iterator[str]:
     chosen = units[:: -(-len(units) // SAMPLE_UNITS)] if units else []
     for unit in chosen:
         left = SAMPLE_BYTES // len(chosen)
-        for document in next(unit.read(fields)).documents:
+        for document in next(unit.read(fields), Batch()).documents:  # one line may go on through several units
             if left > 0:
                 yield document.content[:left]
                 left -= len(document.content)

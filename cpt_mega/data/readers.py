@@ -50,8 +50,7 @@ class Fields:
         return content
 
 
-@dataclass(frozen=True)
-class Document:
+class Document(NamedTuple):
     """A text or a list of messages, and where it stands: file and line or row there (from 1)."""
 
     path: str

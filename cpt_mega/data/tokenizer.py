@@ -131,13 +131,11 @@ class TextTokenizer:
         first, last = tokens[ends - lengths[filled]], tokens[ends - 1]
         if (last == self.eos_id).any() or (self.bos_id is not None and (first == self.bos_id).any()):
             return self._stored_one_by_one(tokens, lengths, bos)
-        stored = lengths[filled] + bos + 1
-        places = np.cumsum(stored)
-        result, is_text = np.empty(int(stored.sum()), tokens.dtype), np.ones(int(stored.sum()), bool)
-        for at, token in ((places - 1, self.eos_id), *([(places - stored, self.bos_id)] if bos else [])):
-            result[at], is_text[at] = token, False
-        result[is_text] = tokens
-        return result, stored, filled
+        front = [np.array([self.bos_id], tokens.dtype)] if bos else []
+        back, pieces = np.array([self.eos_id], tokens.dtype), []
+        for start, end in zip((ends - lengths[filled]).tolist(), ends.tolist(), strict=True):
+            pieces += (*front, tokens[start:end], back)
+        return np.concatenate(pieces or [tokens]), lengths[filled] + bos + 1, filled
 
     def _stored_one_by_one(self, tokens: np.ndarray, lengths: np.ndarray, bos: bool) -> tuple[np.ndarray, ...]:
         documents = [self.document_ids(ids.tolist(), bos) for ids in np.split(tokens, np.cumsum(lengths)[:-1])]

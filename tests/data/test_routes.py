@@ -3,8 +3,6 @@ import json
 import numpy as np
 import pytest
 import sentencepiece
-import tokenizers
-from tokenizers import Regex, decoders, models, normalizers, pre_tokenizers, trainers
 
 from cpt_mega.data import routes
 from cpt_mega.data.routes import (
@@ -19,52 +17,11 @@ from cpt_mega.data.routes import (
 from cpt_mega.data.tokenizer import TextTokenizer
 from cpt_mega.errors import InputError
 from tests.helpers.corpora import TEXTS
+from tools.bench.tokenizer_kinds import ADDED, KINDS, SPECIALS, train_kind
 
-# The patterns by which the tokenizers of these families cut words.
-LLAMA3 = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
-QWEN = LLAMA3.replace("{1,3}", "")
-
-
-def byte_level(pattern: str | None, normalizer=None):
-    tokenizer = tokenizers.Tokenizer(models.BPE())
-    letters = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=pattern is None)
-    cut = [pre_tokenizers.Split(Regex(pattern), "isolated"), letters] if pattern else None
-    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(cut) if cut else letters
-    tokenizer.decoder = decoders.ByteLevel()
-    if normalizer is not None:
-        tokenizer.normalizer = normalizer
-    alphabet = pre_tokenizers.ByteLevel.alphabet()
-    return tokenizer, trainers.BpeTrainer(
-        vocab_size=500, special_tokens=SPECIALS, initial_alphabet=alphabet, show_progress=False
-    )
-
-
-def sentencepiece_bpe():
-    """As Llama 2 and Mistral have it: blanks are letters, what is unknown is spelt in bytes."""
-    tokenizer = tokenizers.Tokenizer(models.BPE(byte_fallback=True, fuse_unk=True, unk_token="<unk>"))
-    tokenizer.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
-    special = ["<unk>", *SPECIALS, *(f"<0x{byte:02X}>" for byte in range(256))]
-    return tokenizer, trainers.BpeTrainer(vocab_size=700, special_tokens=special, show_progress=False)
-
-
-def unigram():
-    tokenizer = tokenizers.Tokenizer(models.Unigram())
-    tokenizer.pre_tokenizer = pre_tokenizers.Metaspace()
-    special = ["<unk>", *SPECIALS]
-    return tokenizer, trainers.UnigramTrainer(
-        vocab_size=300, special_tokens=special, unk_token="<unk>", show_progress=False
-    )
-
-
-SPECIALS = ["<|endoftext|>", "<|im_start|>"]
-KINDS = {
-    "gpt2": lambda: byte_level(None),
-    "llama3": lambda: byte_level(LLAMA3),
-    "qwen": lambda: byte_level(QWEN, normalizers.NFC()),
-    "llama2": sentencepiece_bpe,
-    "unigram": unigram,
-}
-EXPECTED = dict.fromkeys(KINDS, "gigatoken") | {"unigram": REFERENCE}
+EXPECTED = dict.fromkeys(KINDS, "gigatoken") | {"Unigram": REFERENCE, "SentencePiece Unigram (.model)": REFERENCE}
+VOCAB = {"Llama 2, Mistral 7B": 700, "Gemma": 700, "Unigram": 300}
+BYTE_LEVEL = ["GPT-2", "Llama 3", "Qwen 2.5, 3", "Mistral (Tekken)"]
 
 
 @pytest.fixture(scope="module")
@@ -72,13 +29,8 @@ def kind(tmp_path_factory):
     """``kind(name)``: a tokenizer of that kind, trained on a few texts."""
 
     def make(name: str) -> TextTokenizer:
-        folder = tmp_path_factory.mktemp(name)
-        tokenizer, trainer = KINDS[name]()
-        tokenizer.train_from_iterator(TEXTS * 5, trainer)
-        tokenizer.add_tokens(["<tool>"])
-        tokenizer.save(str(folder / "tokenizer.json"))
-        (folder / "tokenizer_config.json").write_text('{"eos_token": "<|endoftext|>"}')
-        return TextTokenizer.load(folder)
+        folder = tmp_path_factory.mktemp("kind")
+        return TextTokenizer.load(train_kind(name, TEXTS * 20, VOCAB.get(name, 500), folder))
 
     return make
 
@@ -92,7 +44,7 @@ def test_the_route_taken_gives_the_tokenizers_ids(kind, name):
     assert first_difference(chosen.route, ReferenceRoute(tokenizer), [*TEXTS, *NASTY]) is None
 
 
-@pytest.mark.parametrize("name", ["gpt2", "llama3", "qwen"])
+@pytest.mark.parametrize("name", BYTE_LEVEL)
 def test_tiktoken_is_exact_for_byte_level_bpe(kind, name):
     tokenizer = kind(name)
     route = choose_route(tokenizer, "tiktoken", TEXTS).route
@@ -100,10 +52,10 @@ def test_tiktoken_is_exact_for_byte_level_bpe(kind, name):
     specials = {tokenizer.encoder.tokenizer.token_to_id(token) for token in SPECIALS}
     tokens, _ = route.encode(["a <|endoftext|> b <tool> c"])
     assert not specials & set(tokens.tolist())
-    assert tokenizer.encoder.tokenizer.token_to_id("<tool>") in tokens  # an added token that is not special is found
+    assert tokenizer.encoder.tokenizer.token_to_id(ADDED) in tokens  # an added token that is not special is found
 
 
-@pytest.mark.parametrize("name", ["llama2", "unigram"])
+@pytest.mark.parametrize("name", ["Llama 2, Mistral 7B", "Unigram", "SentencePiece BPE (.model)"])
 def test_tiktoken_takes_no_other_kind(kind, name):
     with pytest.raises(InputError, match="--encoder = 'tiktoken': takes byte-level BPE alone"):
         choose_route(kind(name), "tiktoken", [])
@@ -119,7 +71,7 @@ def test_tiktoken_takes_no_other_kind(kind, name):
     ids=["lower case", "a blank in front", "no pattern"],
 )
 def test_tiktoken_refuses_what_it_cannot_do(kind, change):
-    path = kind("gpt2").path
+    path = kind("GPT-2").path
     path.write_text(json.dumps(json.loads(path.read_text()) | change))
     with pytest.raises(InputError, match="takes byte-level BPE alone"):
         open_route(TextTokenizer.load(path), "tiktoken")
@@ -127,7 +79,7 @@ def test_tiktoken_refuses_what_it_cannot_do(kind, change):
 
 def test_the_next_exact_route_is_taken(kind, monkeypatch):
     monkeypatch.setitem(routes.ROUTES, "gigatoken", Liar)
-    chosen = choose_route(kind("llama3"), "auto", TEXTS)
+    chosen = choose_route(kind("Llama 3"), "auto", TEXTS)
     assert chosen.name == "tiktoken" and len(chosen.passed_over) == 1
 
 
@@ -158,7 +110,7 @@ def test_sentencepiece_models(tmp_path, model, options, expected):
     assert not {tokenizer.eos_id, tokenizer.bos_id} & set(chosen.route.encode(["a </s> b <s>"])[0].tolist())
 
 
-@pytest.mark.parametrize("name", ["gpt2", "llama3", "qwen", "llama2"])
+@pytest.mark.parametrize("name", [*BYTE_LEVEL, "Llama 2, Mistral 7B", "Gemma"])
 def test_special_tokens_in_a_text_are_text(kind, name):
     tokenizer = kind(name)
     route = choose_route(tokenizer, "auto", TEXTS).route
@@ -175,7 +127,7 @@ class Liar(ReferenceRoute):
 
 def test_an_encoder_that_gives_other_ids_is_passed_over(kind, monkeypatch):
     monkeypatch.setitem(routes.ROUTES, "gigatoken", Liar)
-    tokenizer = kind("gpt2")
+    tokenizer = kind("GPT-2")
     monkeypatch.setitem(routes.ROUTES, "tiktoken", Liar)
     chosen = choose_route(tokenizer, "auto", TEXTS)
     assert chosen.name == REFERENCE and [words[:17] for words in chosen.passed_over] == [
@@ -188,14 +140,14 @@ def test_an_encoder_that_gives_other_ids_is_passed_over(kind, monkeypatch):
 
 def test_a_library_that_is_not_there_is_passed_over(kind, monkeypatch):
     monkeypatch.setattr(routes.importlib.util, "find_spec", lambda name: None)
-    chosen = choose_route(kind("gpt2"), "auto", [])
+    chosen = choose_route(kind("GPT-2"), "auto", [])
     assert chosen.name == REFERENCE
     assert ["pip install" in words for words in chosen.passed_over] == [True, True]
 
 
 def test_a_cache_that_starts_anew_changes_nothing(kind, monkeypatch):
     monkeypatch.setattr(routes, "CACHE_TEXT_BYTES", 10)
-    tokenizer = kind("llama3")
+    tokenizer = kind("Llama 3")
     route = open_route(tokenizer, "gigatoken")
     for _ in range(3):
         assert first_difference(route, ReferenceRoute(tokenizer), TEXTS) is None

@@ -296,6 +296,17 @@ def test_a_folder_of_code_keeps_its_paths(tmp_path, tokenizer_folder):
     assert find_problems(IndexedCorpus(tmp_path / "c")) == [f"source {tmp_path / 'code'} has changed since"]
 
 
+def test_a_document_that_goes_on_through_several_units(tmp_path, tokenizer_folder):
+    texts = ["before", "giant " * 600_000, "after"]
+    source = write_jsonl(tmp_path / "in.jsonl", texts)
+    done = run(tmp_path, "--input", source, "--tokenizer", tokenizer_folder, "--output", "c", "--workers", 2)
+    assert done.returncode == 0, done.stderr
+    corpus, tokenizer = IndexedCorpus(tmp_path / "c"), TextTokenizer.load(tokenizer_folder)
+    documents = [corpus.read(i, 0, int(length)).tolist() for i, length in enumerate(corpus.document_lengths)]
+    assert [tokenizer.decode(ids[:-1]) for ids in documents] == texts
+    assert [part["documents"] for part in load_manifest(tmp_path / "c").parts] == [2, 0, 0, 1]
+
+
 def test_two_processes_do_not_make_one_corpus(tmp_path, tokenizer_folder, source):
     import fcntl
 
