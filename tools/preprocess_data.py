@@ -92,7 +92,9 @@ def show(report: PreprocessReport, console: Console) -> None:
     counts = f"{report.documents_in:,} = {manifest.documents:,} + {manifest.rejects:,}"
     console.out(f"documents in = documents out + rejects: {counts}", highlight=False)
     if manifest.shard:
-        console.out(f"shard {manifest.shard[0]} of {manifest.shard[1]}; when all are there:", highlight=False)
+        console.out(
+            f"shard {manifest.shard['index']} of {manifest.shard['shards']}; when all are there:", highlight=False
+        )
         prefix = report.prefix.rpartition(".shard-")[0]
         console.out(f"next: python tools/merge_shards.py {shlex.quote(prefix)}", highlight=False)
     else:

@@ -148,5 +148,5 @@ def _changed_sources(manifest: CorpusManifest) -> list[str]:
         return []
     inputs = [survey([source["path"]], source.get("include", ("*",)))[0] for source in sources]
     units = plan_units(inputs)
-    units = shard_of(units, *manifest.shard) if manifest.shard else units
+    units = shard_of(units, manifest.shard["index"], manifest.shard["shards"]) if manifest.shard else units
     return [f"source {path} has changed since" for path in changed_sources(manifest, units)]

@@ -35,7 +35,7 @@ class CorpusManifest:
         token_bytes: UTF-8 bytes of the text, for bits per byte; None when it is not known.
         rejects: documents of the sources that are not in the corpus; ``empty`` ones of them had no text.
         loss_mask: which tokens count for the loss as targets: ``all``, or ``assistant`` with a mask beside the tokens.
-        shard: ``[index, shards]`` when this is one of several.
+        shard: ``{"index", "shards", "plan"}`` when this is one of several; the plan is a digest of all units of the inputs.
     """
 
     tokenizer_digest: str
@@ -53,7 +53,7 @@ class CorpusManifest:
     rejects: int = 0
     empty: int = 0
     loss_mask: str = "all"
-    shard: list[int] | None = None
+    shard: dict | None = None
 
     def write(self, prefix: str | os.PathLike) -> None:
         """Writes the sidecar of ``prefix``, whole or not at all."""

@@ -32,6 +32,7 @@ from cpt_mega.data.tokenizer import TextTokenizer
 from cpt_mega.data.units import Input, plan_units, shard_of, survey
 from cpt_mega.data.workers import Progress, UnitEncoder, make_parts
 from cpt_mega.errors import InputError
+from cpt_mega.lineage import text_digest
 
 SAMPLE_BYTES, SAMPLE_UNITS = (
     1 << 19,
@@ -146,9 +147,9 @@ def preprocess(options: PreprocessOptions, progress: NoProgress | None = None) -
     begun, progress = time.monotonic(), progress or NoProgress()
     tokenizer = TextTokenizer.load(options.tokenizer)
     inputs = survey(options.inputs, options.include)
-    units = plan_units(inputs)
-    units = shard_of(units, *options.shard) if options.shard else units
-    recipe = _recipe(options, tokenizer)
+    planned = plan_units(inputs)
+    units = shard_of(planned, *options.shard) if options.shard else planned
+    recipe = _recipe(options, tokenizer, planned)
     if options.reuse and (manifest := _standing(options, recipe, inputs, units)):
         return PreprocessReport(options.prefix, manifest, {}, [], time.monotonic() - begun, reused=True)
     encoder, route = _open_encoder(options, tokenizer, units, recipe["bos_id"] is not None)
@@ -206,11 +207,15 @@ def _sample(units: Sequence[Unit], fields: Fields) -> Iterator[str]:
                 left -= len(document.content)
 
 
-def _recipe(options: PreprocessOptions, tokenizer: TextTokenizer) -> dict:
+def _recipe(options: PreprocessOptions, tokenizer: TextTokenizer, planned: Sequence[Unit]) -> dict:
     """The fields of the manifest that are known before the first document: they decide what comes out."""
     if options.bos == "always" and tokenizer.bos_id is None:
         raise InputError("--bos", options.bos, "the tokenizer has no BOS token; use auto or never")
     bos = {"auto": tokenizer.adds_bos, "always": True, "never": False}[options.bos]
+    shard = None
+    if options.shard:
+        plan = text_digest("\n".join(map(repr, planned)))
+        shard = {"index": options.shard[0], "shards": options.shard[1], "plan": plan}
     return {
         "tokenizer_digest": tokenizer.digest,
         "vocab_size": tokenizer.vocab_size,
@@ -219,7 +224,7 @@ def _recipe(options: PreprocessOptions, tokenizer: TextTokenizer) -> dict:
         "dtype": token_dtype(tokenizer.vocab_size).name,
         "loss_mask": options.loss_mask,
         "tool_version": __version__,
-        "shard": list(options.shard) if options.shard else None,
+        "shard": shard,
     }
 
 

@@ -66,6 +66,10 @@ def _all_shards(prefix: str) -> list[str]:
 
 def _shard_manifest(prefix: str) -> CorpusManifest:
     manifest = load_manifest(prefix)
+    if not manifest.shard:
+        raise InputError(
+            f"{prefix}.manifest.json", "shard", "is not there; make it by tools/preprocess_data.py --shard"
+        )
     manifest.check_against(IndexedCorpus(prefix))
     return manifest
 
@@ -77,5 +81,8 @@ def _check_same(names: Sequence[str], manifests: Sequence[CorpusManifest]) -> No
             if getattr(manifest, field) != getattr(first, field):
                 fix = f"{names[0]} has {getattr(first, field)}; make all shards in one way"
                 raise InputError(f"{Path(name).name} {field}", getattr(manifest, field), fix)
-        if strip_measures(manifest.sources) != strip_measures(first.sources):
-            raise InputError(f"{Path(name).name} sources", "differ", "make all shards of the same inputs")
+        if manifest.shard["plan"] != first.shard["plan"] or strip_measures(manifest.sources) != strip_measures(
+            first.sources
+        ):
+            fix = f"{names[0]} had other inputs, or they have changed between; make all shards of the same ones"
+            raise InputError(f"{Path(name).name} sources", [source["path"] for source in manifest.sources], fix)
