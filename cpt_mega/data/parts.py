@@ -10,16 +10,17 @@ import fcntl
 import json
 import os
 import shutil
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, replace
+from itertools import chain
 from pathlib import Path
 
 import numpy as np
 import orjson
 
 from cpt_mega.data.encode import EncodedBatch
-from cpt_mega.data.indexed import PartDigest, documents_path, mask_path, shards_path
+from cpt_mega.data.indexed import BLOCK_TOKENS, PartDigest, documents_path, mask_path, shards_path
 from cpt_mega.data.indexed_writer import check_lengths, install_corpus, write_index
 from cpt_mega.data.manifest import CorpusManifest, manifest_path
 from cpt_mega.data.rejects import Reject, RejectCounts, reject_line, rejects_path
@@ -28,6 +29,7 @@ from cpt_mega.lineage import text_digest, write_json
 
 COPY_BYTES = 1 << 30
 SYNC_TOKENS = 32 << 20
+LOCK, RECIPE = "lock", "recipe.json"
 TOKENS, MASK, LENGTHS, DOCUMENTS, REJECTS = "tokens", "mask", "lengths", "documents", "rejects"
 
 
@@ -70,9 +72,13 @@ class PartFolder:
         self._recipe = text_digest(json.dumps(recipe, sort_keys=True))
 
     def __enter__(self) -> "PartFolder":
-        """Raises InputError when another process is making this corpus."""
+        """Raises InputError when another process is making this corpus, or the folder is not one of these."""
         self.path.mkdir(parents=True, exist_ok=True)
-        self._lock = open(self.path / "lock", "w")  # noqa: SIM115  held until the end
+        others = [path.name for path in self.path.iterdir() if path.name != LOCK]
+        if others and RECIPE not in others:
+            fix = "this folder would be emptied, and holds what is not of a corpus; move it away or give another prefix"
+            raise InputError("--output", str(self.path), fix)
+        self._lock = open(self.path / LOCK, "w")  # noqa: SIM115  held until the end
         try:
             fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
@@ -82,7 +88,7 @@ class PartFolder:
             pass  # a file system without locks
         if self._recipe_there() != self._recipe:
             self._empty()
-            write_json(self.path / "recipe.json", self._recipe)
+            write_json(self.path / RECIPE, self._recipe)
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -103,9 +109,11 @@ class PartFolder:
             streams = {kind: stack.enter_context(open(self._file(part, kind), "wb")) for kind in kinds}
             yield PartWriter(streams, self._file(part, "json"))
 
-    def lengths(self, part: int) -> np.ndarray:
-        """Tokens of each document of a part, int32."""
-        return np.fromfile(self._file(part, LENGTHS), "<i4")
+    def lengths(self, part: int) -> Iterator[np.ndarray]:
+        """Tokens of each document of a part, int32, in blocks: a part may be a whole compressed file."""
+        with open(self._file(part, LENGTHS), "rb") as stream:
+            while len(block := np.fromfile(stream, "<i4", BLOCK_TOKENS)):
+                yield block
 
     def rejects(self, part: int) -> Iterator[Reject]:
         """Those of a part, in order; lines as the unit counts them."""
@@ -122,13 +130,14 @@ class PartFolder:
 
     def _recipe_there(self) -> str | None:
         try:
-            return json.loads((self.path / "recipe.json").read_text())
+            return json.loads((self.path / RECIPE).read_text())
         except (OSError, ValueError):
             return None
 
     def _empty(self) -> None:
-        for path in self.path.iterdir():
-            if path.name != "lock":
+        # the recipe last: without one the folder would not be known as ours
+        for path in sorted(self.path.iterdir(), key=lambda path: path.name == RECIPE):
+            if path.name != LOCK:
                 path.unlink()
 
     def forget_unless_whole(self, part: int) -> None:
@@ -243,7 +252,7 @@ class Joiner:
         folder, prefix = self.folder, self.folder.prefix
         index = folder.path / "all.idx"
         with open(index, "wb") as stream:
-            write_index(stream, folder.dtype, lambda: map(folder.lengths, range(self.parts)))
+            write_index(stream, folder.dtype, lambda: chain.from_iterable(map(folder.lengths, range(self.parts))))
         if folder.with_documents:
             self._join_anew(DOCUMENTS)
         for kind in (*folder.joined_widths, "idx"):
@@ -260,20 +269,19 @@ class Joiner:
         manifest.write(prefix)
         shutil.rmtree(folder.path)
 
-    def collect_rejects(self, lines_before: Callable[[int], int]) -> RejectCounts:
+    def collect_rejects(self, lines_before: Sequence[int]) -> RejectCounts:
         """Counts the rejects of all parts and writes them to one file, if there are any.
 
-        ``lines_before(part)`` is what the line numbers of a part lack; it is asked only for parts with rejects.
+        ``lines_before[part]`` is what the line numbers of a part lack.
         """
         counts, path = RejectCounts(), self.folder.joined_file(REJECTS)
         path.unlink(missing_ok=True)
         for part, report in enumerate(self.reports):
             if not report.rejects:
                 continue
-            before = lines_before(part)
             with open(path, "ab") as stream:
                 for found in self.folder.rejects(part):
-                    reject = replace(found, line=found.line + before)
+                    reject = replace(found, line=found.line + lines_before[part])
                     counts.add(reject)
                     stream.write(reject_line(reject))
         return counts

@@ -164,7 +164,7 @@ def preprocess(options: PreprocessOptions, progress: NoProgress | None = None) -
         _make_and_join(
             UnitEncoder(encoder, options.fields, folder, units), to_do, options.workers, joiner, progress.advance
         )
-        rejects = joiner.collect_rejects(lambda part: _lines_before(units, joiner.reports, part))
+        rejects = joiner.collect_rejects(_lines_before(units, joiner.reports))
         manifest = _manifest(options, recipe, inputs, units, joiner.reports, rejects)
         _check_outcome(options, manifest, rejects, folder)
         joiner.install(manifest)
@@ -182,9 +182,9 @@ def preprocess(options: PreprocessOptions, progress: NoProgress | None = None) -
 
 
 def _make_and_join(work: UnitEncoder, to_do: list[int], workers: int, joiner: Joiner, advance: Progress) -> None:
-    joiner.join_ready()
     for _ in make_parts(work, to_do, workers, advance):
         joiner.join_ready()
+    joiner.join_ready()  # what an earlier process had made
 
 
 def _open_encoder(
@@ -289,14 +289,19 @@ def _standing(
     return manifest if accepted and not damaged_parts(corpus, manifest) else None
 
 
-def _lines_before(units: Sequence[Unit], reports: Sequence[PartReport], part: int) -> int:
-    """Lines of the file before a unit that counts its own from 1."""
-    unit = units[part]
-    if unit.lines_from_start or not isinstance(unit, JsonlRange):
-        return 0
-    own = [index for index in range(part) if units[index].source == unit.source]
-    first = units[own[0]] if own else unit
-    return _lines_that_begin_before(first.path, first.start) + sum(reports[index].lines for index in own)
+def _lines_before(units: Sequence[Unit], reports: Sequence[PartReport]) -> list[int]:
+    """For each unit that counts its own lines from 1, the lines of its file before it; 0 for the others."""
+    lines, before = {}, []
+    rejecting = {unit.source for unit, report in zip(units, reports, strict=True) if report.rejects}
+    for unit, report in zip(units, reports, strict=True):
+        if not isinstance(unit, JsonlRange) or unit.source not in rejecting:
+            before.append(0)
+            continue
+        if unit.source not in lines:
+            lines[unit.source] = _lines_that_begin_before(unit.path, unit.start)
+        before.append(lines[unit.source])
+        lines[unit.source] += report.lines
+    return before
 
 
 def _lines_that_begin_before(path: str, place: int) -> int:

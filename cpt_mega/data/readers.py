@@ -90,13 +90,11 @@ class Unit(Protocol):
         source: index of the input.
         path: of the file or folder.
         input_bytes: how much of the input it stands for.
-        lines_from_start: whether its line numbers count from the beginning of the file, not of the unit.
     """
 
     source: int
     path: str
     input_bytes: int
-    lines_from_start: bool
 
     def read(self, fields: Fields) -> Iterator[Batch]:
         """Everything in it. Raises InputError when the file cannot be read as what it is."""
@@ -111,13 +109,12 @@ class _Problem(str):
 
 @dataclass(frozen=True)
 class JsonlRange:
-    """The lines of a JSONL file that begin within a range of bytes. Blank lines are no documents."""
+    """The lines of a JSONL file that begin within a range of bytes, counted from 1. Blank lines are no documents."""
 
     source: int
     path: str
     start: int
     stop: int
-    lines_from_start = False
 
     @property
     def input_bytes(self) -> int:
@@ -155,7 +152,6 @@ class CompressedJsonl:
     source: int
     path: str
     input_bytes: int
-    lines_from_start = True
 
     def read(self, fields: Fields) -> Iterator[Batch]:
         """See Unit."""
@@ -202,7 +198,6 @@ class ParquetGroups:
     first: int
     last: int
     row: int
-    lines_from_start = True
 
     @property
     def input_bytes(self) -> int:
@@ -252,7 +247,6 @@ class FileGroup:
     path: str
     names: tuple[str, ...]
     input_bytes: int
-    lines_from_start = True
 
     def read(self, fields: Fields) -> Iterator[Batch]:
         """See Unit."""

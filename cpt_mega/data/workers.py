@@ -2,6 +2,7 @@
 
 import contextlib
 import ctypes
+import gc
 import os
 import signal
 from collections import deque
@@ -116,6 +117,7 @@ def _start_worker(work: UnitEncoder, parent: int) -> None:
     """Ctrl-C reaches the parent, which ends its workers in order; without a parent there is nothing to work for."""
     global _work
     _work = work
+    gc.freeze()  # what came from the parent is not looked through again
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)

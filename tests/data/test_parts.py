@@ -38,7 +38,7 @@ def finish(folder):
     for part in made:
         write(folder, part)
     joiner.join_ready()
-    counts = joiner.collect_rejects(lambda part: 100 * part)
+    counts = joiner.collect_rejects([0, 100, 200, 300])
     assert [reject.line for reject in counts.first] == [101, 301]
     tokens, documents = (sum(getattr(report, name) for report in joiner.reports) for name in ("tokens", "documents"))
     manifest = CorpusManifest("t", 9, 1, None, "uint16", documents, tokens, "c", [], [], "0", loss_mask="assistant")
@@ -152,3 +152,11 @@ def test_an_old_mask_goes_with_the_old_corpus(tmp_path):
     with opened(tmp_path, with_mask=False) as folder:
         finish(folder)
     assert not (tmp_path / "c.mask.bin").exists() and not IndexedCorpus(tmp_path / "c").has_mask
+
+
+def test_a_folder_of_something_else_is_not_emptied(tmp_path):
+    (tmp_path / "c.parts").mkdir()
+    (tmp_path / "c.parts" / "thesis.tex").touch()
+    with pytest.raises(InputError, match="c.parts.*holds what is not of a corpus"), opened(tmp_path):
+        pass
+    assert (tmp_path / "c.parts" / "thesis.tex").exists()
