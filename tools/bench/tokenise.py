@@ -30,7 +30,7 @@ sys.path[:0] = [str(ROOT), str(HERE.parent)]
 
 from machine_text import distinct_texts  # noqa: E402
 
-from tools.bench.tokenizer_kinds import KINDS, train_kind  # noqa: E402
+from tools.bench.tokenizer_kinds import KINDS, SPECIALS, train_kind  # noqa: E402
 
 OURS, MEGATRON, BARE = "tools/preprocess_data.py", "Megatron-LM's way", "bare encoder"
 TARGETS = ((OURS, MEGATRON, 50.0), (OURS, BARE, 0.5))
@@ -92,10 +92,15 @@ def measure(options: argparse.Namespace, folder: Path) -> int:
 
 
 def gather(path: Path, limit_bytes: int) -> dict:
-    """Writes distinct texts of the machine as JSON lines, in an order by content; counts and bytes of text."""
+    """Writes distinct texts of the machine as JSON lines, in an order by content; counts and bytes of text.
+
+    Texts that spell a special token are left out: Megatron-LM's way would end documents in their middle.
+    """
     places, documents, size = [], 0, 0
     with open(path.with_suffix(".unordered"), "wb") as stream:
         for text in distinct_texts(limit_bytes):
+            if any(special in text for special in SPECIALS):
+                continue
             line = orjson.dumps({"text": text}, option=orjson.OPT_APPEND_NEWLINE)
             places.append((hashlib.sha256(line).digest(), stream.tell(), len(line)))
             stream.write(line)
