@@ -15,6 +15,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, replace
 from itertools import chain
 from pathlib import Path
+from typing import BinaryIO
 
 import numpy as np
 import orjson
@@ -30,6 +31,7 @@ from cpt_mega.lineage import text_digest, write_json
 COPY_BYTES = 1 << 30
 SYNC_TOKENS = 32 << 20
 LOCK, RECIPE = "lock", "recipe.json"
+SPARE = "spare"
 TOKENS, MASK, LENGTHS, DOCUMENTS, REJECTS = "tokens", "mask", "lengths", "documents", "rejects"
 
 
@@ -105,8 +107,10 @@ class PartFolder:
     def write(self, part: int) -> Iterator["PartWriter"]:
         """A writer of a part; ``finish`` completes it, and what is not finished does not count."""
         with contextlib.ExitStack() as stack:
-            kinds = [*self.joined_widths, LENGTHS, REJECTS, *([DOCUMENTS] if self.with_documents else [])]
+            kinds = [LENGTHS, REJECTS, *([DOCUMENTS] if self.with_documents else [])]
             streams = {kind: stack.enter_context(open(self._file(part, kind), "wb")) for kind in kinds}
+            for kind in self.joined_widths:
+                streams[kind] = stack.enter_context(self._open_spare(part, kind))
             yield PartWriter(streams, self._file(part, "json"))
 
     def lengths(self, part: int) -> Iterator[np.ndarray]:
@@ -165,10 +169,21 @@ class PartFolder:
             while at < left:
                 at += os.sendfile(stream.fileno(), source.fileno(), at, min(COPY_BYTES, left - at))
 
-    def remove_joined(self, part: int) -> None:
-        """Removes what has been appended; the tokens last, as they say that all was."""
+    def release(self, part: int) -> None:
+        """Frees the files of what has been appended; the tokens last, as they say that all was."""
         for kind in reversed(self.joined_widths):
-            self._file(part, kind).unlink()
+            os.replace(self._file(part, kind), self.path / f"{SPARE}.{part:06d}.{kind}")
+
+    def _open_spare(self, part: int, kind: str) -> BinaryIO:
+        """A file to write a part's tokens or mask to: an older part's, whose memory and blocks are at hand, or a new one.
+
+        ``finish`` cuts off what is left of the older one.
+        """
+        for spare in self.path.glob(f"{SPARE}.*.{kind}"):
+            with contextlib.suppress(FileNotFoundError):  # another process was faster
+                os.rename(spare, self._file(part, kind))
+                return open(self._file(part, kind), "r+b")
+        return open(self._file(part, kind), "wb")
 
 
 class PartWriter:
@@ -200,6 +215,7 @@ class PartWriter:
     def finish(self, source_sha256: str) -> PartReport:
         """Completes the part: its report is written last."""
         for stream in self._streams.values():
+            stream.truncate()
             stream.flush()
         report = PartReport(**self._counts, sha256=self._digest.hexdigest(), source_sha256=source_sha256)
         # Not forced to the disk: a report that outlives its files in a power cut is found out by their sizes.
@@ -239,7 +255,7 @@ class Joiner:
             part = len(self.reports)
             for kind in self.folder.joined_widths:
                 self.folder.append(part, kind, self.folder.joined_file(kind))
-            self.folder.remove_joined(part)
+            self.folder.release(part)
             self.reports.append(report)
             self._unsynced += report.tokens
         if self._unsynced > SYNC_TOKENS and (self._syncing is None or self._syncing.done()):

@@ -3,15 +3,19 @@ import json
 import numpy as np
 import pytest
 import sentencepiece
+from tokenizers import pre_tokenizers
 
 from cpt_mega.data import routes
 from cpt_mega.data.routes import (
+    LAST_LETTERS,
     NASTY,
     REFERENCE,
     ReferenceRoute,
     TiktokenRoute,
+    _byte_letters,
     choose_route,
     first_difference,
+    is_new,
     open_route,
 )
 from cpt_mega.data.tokenizer import TextTokenizer
@@ -48,7 +52,7 @@ def test_the_route_taken_gives_the_tokenizers_ids(kind, name):
 def test_tiktoken_is_exact_for_byte_level_bpe(kind, name):
     tokenizer = kind(name)
     route = choose_route(tokenizer, "tiktoken", TEXTS).route
-    assert isinstance(route, TiktokenRoute)
+    assert isinstance(route.route, TiktokenRoute)
     specials = {tokenizer.encoder.tokenizer.token_to_id(token) for token in SPECIALS}
     tokens, _ = route.encode(["a <|endoftext|> b <tool> c"])
     assert not specials & set(tokens.tolist())
@@ -117,6 +121,48 @@ def test_special_tokens_in_a_text_are_text(kind, name):
     specials = {tokenizer.encoder.tokenizer.token_to_id(token) for token in SPECIALS}
     ids = route.encode(["a <|endoftext|> <|im_start|> b"])[0].tolist()
     assert None not in specials and not specials & set(ids)
+
+
+NEW = "\U00016ec2"  # a letter since Unicode 17, which few libraries know
+
+
+def test_texts_with_letters_that_libraries_class_differently_go_by_the_reference(kind, monkeypatch):
+    tokenizer = kind("Llama 3")
+    texts = ["plain", f"a {NEW}b", "naïve 🙂 𝐀", NEW, "", "\u088f"]
+    route, seen = choose_route(tokenizer, "gigatoken", TEXTS).route, []
+    fast = route.route.encode
+    monkeypatch.setattr(route.route, "encode", lambda part: (seen.extend(part), fast(part))[1])
+    assert first_difference(route, ReferenceRoute(tokenizer), texts) is None
+    assert NEW not in "".join(seen) and {"plain", "naïve 🙂 𝐀", ""} <= set(seen)
+    assert first_difference(route, ReferenceRoute(tokenizer), [NEW, NEW]) is None
+    assert first_difference(route, ReferenceRoute(tokenizer), [f"{NEW} x", "y"]) is None
+
+
+@pytest.mark.parametrize("name", BYTE_LEVEL)
+@pytest.mark.parametrize("route", ["gigatoken", "tiktoken"])
+def test_every_other_character_is_classed_as_the_reference_does(kind, name, route):
+    """Each character before a letter, a digit and a sign, under a vocabulary that joins its last byte to any of them that
+    stands in the same word: so the ids show where words are cut."""
+    tokenizer = joining(kind(name))
+    points = (point for point in range(0x80, LAST_LETTERS) if not 0xD800 <= point < 0xE000)
+    letters = [letter for letter in map(chr, points) if not is_new(letter)]
+    lines = ["".join(f"{letter}{follower} " for follower in "A1!") for letter in letters]
+    texts = ["".join(lines[start : start + 50]) for start in range(0, len(lines), 50)]
+    assert first_difference(open_route(tokenizer, route), ReferenceRoute(tokenizer), texts) is None
+
+
+def joining(tokenizer: TextTokenizer) -> TextTokenizer:
+    """The tokenizer with another vocabulary: bytes, and any byte of a longer letter with what may follow it."""
+    spec = json.loads(tokenizer.path.read_text())
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    last = [letter for letter, byte in zip(_byte_letters(), range(256), strict=True) if 0x80 <= byte < 0xC0]
+    merges = [[byte, follower] for byte in last for follower in "A1!"]
+    pieces = [*(token["content"] for token in spec["added_tokens"]), *alphabet, *("".join(merge) for merge in merges)]
+    spec["model"] |= {"vocab": {piece: number for number, piece in enumerate(pieces)}, "merges": merges}
+    for token in spec["added_tokens"]:
+        token["id"] = pieces.index(token["content"])
+    tokenizer.path.write_text(json.dumps(spec))
+    return TextTokenizer.load(tokenizer.path)
 
 
 class Liar(ReferenceRoute):

@@ -81,7 +81,7 @@ def test_workers_die_with_their_parent(tmp_path):
         sys.path.insert(0, {os.getcwd()!r})
         from tests.data.test_workers import *
         with PartFolder({str(tmp_path / "c")!r}, "recipe", np.dtype(np.int32), False, False) as folder:
-            units = [Unit(n, lambda: (print(os.getpid(), flush=True), time.sleep(60))) for n in range(2)]
+            units = [Unit(n, lambda: (os.write(1, b"%d\\n" % os.getpid()), time.sleep(60))) for n in range(2)]
             list(make_parts(work_on(folder, units), range(2), 2, lambda *_: None))
     """
     words = [sys.executable, "-c", textwrap.dedent(script)]
