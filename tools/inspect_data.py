@@ -102,11 +102,17 @@ def show_summary(summary: inspection.CorpusSummary, as_json: bool) -> None:
             "tokenizer": f"{manifest['tokenizer_digest'][:12]}, {manifest['vocab_size']:,} tokens",
             "EOS, BOS": f"{manifest['eos_id']}, {manifest['bos_id']}",
             "content": manifest["content_digest"],
+            "loss mask": f"{manifest['loss_mask']} tokens count" + counted(manifest),
             "rejects": f"{manifest['rejects']:,}",
             "sources": "\n".join(f"{s['path']} ({s['bytes']:,} bytes)" for s in manifest["sources"]) or "not known",
         }
     words = shlex.quote(summary.prefix)
     print_table(summary.prefix, rows, f"python tools/inspect_data.py {words} --document 0 --tokenizer DIR")
+
+
+def counted(manifest: dict) -> str:
+    """How many tokens count for the loss, where that is known."""
+    return "" if manifest["counted_tokens"] is None else f": {manifest['counted_tokens']:,}"
 
 
 if __name__ == "__main__":

@@ -31,6 +31,7 @@ from cpt_mega.data.sources import source_line
 from cpt_mega.data.units import PLANNERS
 from cpt_mega.errors import InputError
 
+STOPPED = "interrupted; the same command goes on from here"
 INTERRUPTED, TERMINATED = 128 + signal.SIGINT, 128 + signal.SIGTERM
 
 
@@ -50,6 +51,7 @@ def parse_arguments() -> PreprocessOptions:
     add("--encoder", choices=[AUTO, *ROUTES], default=AUTO, help="default: the fastest that is exact")
     add("--max-reject-share", type=float, default=0.001, help="stop above it (default: 0.001)")
     add("--shard", type=shard, metavar="I/N", help="make only shard I (from 0) of N; tools/merge_shards.py joins them")
+    add("--overwrite", action="store_true", help="replace a corpus that stands there")
     add("--reuse", action="store_true", help="keep an intact corpus that the same inputs made")
     values = vars(parser.parse_args())
     return PreprocessOptions(inputs=tuple(values.pop("input")), include=tuple(values.pop("include")), **values)
@@ -64,27 +66,23 @@ def shard(words: str) -> tuple[int, int]:
 def show(report: PreprocessReport, console: Console) -> None:
     """The closing table and the line for the configuration."""
     manifest, input_bytes = report.manifest, sum(source["bytes"] for source in report.manifest.sources)
-    if report.taken_up_bytes:
-        console.print(
-            f"{report.taken_up_bytes / 1e6:,.1f} MB had been encoded before; the rest was now", highlight=False
-        )
     if report.reused:
         console.print(f"{report.prefix}: made of the same inputs by the same tokenizer; kept as it is (--reuse)")
     for problem in report.passed_over:
-        console.print(f"passed over {problem}", style="yellow", markup=False)
+        console.out(f"passed over {problem}", style="yellow", highlight=False)
     for reject in report.first_rejects:
-        console.print(f"rejected {reject}", style="yellow", markup=False)
+        console.out(f"rejected {reject}", style="yellow", highlight=False)
     table = Table(title=report.prefix, show_header=False)
     reasons = ", ".join(f"{count:,} {reason}" for reason, count in report.rejects_by_reason.items())
-    rate = f"{(input_bytes - report.taken_up_bytes) / 1e6 / report.seconds:.1f} MB/s"
+    rate = "" if report.taken_up_bytes else f", {input_bytes / 1e6 / report.seconds:.1f} MB/s"
     rows = {
         "documents": f"{manifest.documents:,}",
         "rejects": f"{manifest.rejects:,}" + (f" ({reasons})" if reasons else ""),
         "tokens": f"{manifest.tokens:,} as {manifest.dtype}, EOS {manifest.eos_id}, BOS {manifest.bos_id}",
         "tokens per document": f"{manifest.tokens / max(manifest.documents, 1):,.1f}",
         "bytes per token": f"{manifest.token_bytes / max(manifest.tokens, 1):.2f}",
-        "loss mask": f"{manifest.loss_mask} tokens",
-        "time": f"{report.seconds:.1f} s" + ("" if report.reused else f", {rate}, by {report.route}"),
+        "counts for the loss": f"{manifest.counted_tokens:,} tokens ({manifest.loss_mask})",
+        "time": f"{report.seconds:.1f} s" + ("" if report.reused else f"{rate}, by {report.route}"),
     }
     for name, value in rows.items():
         table.add_row(name, value)
@@ -102,17 +100,22 @@ def show(report: PreprocessReport, console: Console) -> None:
         console.out(f"  - {source_line(report.prefix)}   # or replay, instruct", highlight=False)
 
 
+def terminate(*_: object) -> None:
+    """Ends the tool as an exception, so that workers end in order."""
+    print(STOPPED, file=sys.stderr)
+    sys.exit(TERMINATED)
+
+
 def main() -> int:
     """Runs the tool; returns its exit code."""
-    # As an exception, so that workers end in order.
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(TERMINATED))
+    signal.signal(signal.SIGTERM, terminate)
     try:
         options = parse_arguments()
         with EncodingProgress() as progress:
             report = preprocess(options, progress)
         show(report, Console())
     except KeyboardInterrupt:
-        print("interrupted; the same command goes on from here", file=sys.stderr)
+        print(STOPPED, file=sys.stderr)
         return INTERRUPTED
     except InputError as error:
         print(f"error: {error}", file=sys.stderr)

@@ -83,6 +83,8 @@ class ChatDocuments:
             text, spans = self._render(chat.content)
         except (jinja2.TemplateError, TypeError, ValueError) as error:
             return chat.rejected(f"the chat template refuses it: {error}")
+        if self.loss_mask == ASSISTANT and not spans:
+            return chat.rejected("no turn of the assistant, so no token would count")
         encoded = self.encoder.encode(text, add_special_tokens=False)
         stored = self.tokenizer.document_ids(encoded.ids, self.bos)
         if not stored:
@@ -105,6 +107,8 @@ class ChatDocuments:
         for message in messages:
             if not (isinstance(message, dict) and isinstance(message.get("role"), str)):
                 return "a message without a role"
+            if "content" not in message and "tool_calls" not in message:
+                return "a message without content"
             found = self._spelt.search(_all_text(message))
             if found:
                 return f"a message spells a special token: {found[0]}"

@@ -204,6 +204,11 @@ def _mapped(path: Path, dtype: np.dtype, length: int) -> np.ndarray:
     return np.memmap(path, dtype, "r") if length else np.empty(0, dtype)
 
 
+def has_corpus(prefix: str | os.PathLike) -> bool:
+    """Whether a corpus stands under a prefix; without an index there is none."""
+    return corpus_files(prefix)[1].exists() or shards_path(prefix).exists()
+
+
 def shard_prefixes(prefix: str) -> list[str]:
     """The prefixes of the files that hold a corpus: itself, or those that ``PREFIX.shards.json`` names beside it.
 
@@ -226,7 +231,11 @@ def _read_index(prefix: str) -> tuple[np.dtype, np.ndarray, np.ndarray, np.ndarr
     bin_path, idx_path = corpus_files(prefix)
     for path in (bin_path, idx_path):
         if not path.is_file():
-            raise InputError("corpus", str(path), "no such file; give the path without .bin and .idx")
+            made = "tools/preprocess_data.py makes it"
+            unfinished = f"it is not finished ({prefix}.parts is there); run the same {made.split()[0]} again"
+            raise InputError(
+                "corpus", str(path), f"no such file; {unfinished if os.path.isdir(f'{prefix}.parts') else made}"
+            )
     dtype, sequences, indices = _read_header(idx_path)
     lengths_at, offsets_at = HEADER.size, HEADER.size + 4 * sequences
     raw = np.memmap(idx_path, np.uint8, "r")

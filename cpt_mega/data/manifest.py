@@ -33,8 +33,9 @@ class CorpusManifest:
             folder also ``include``, the patterns its files were chosen by.
         tool_version: of this project.
         token_bytes: UTF-8 bytes of the text, for bits per byte; None when it is not known.
-        rejects: documents of the sources that are not in the corpus; ``empty`` ones of them had no text.
+        rejects: documents of the sources that are not in the corpus; with ``harmless_rejects`` of them nothing was lost.
         loss_mask: which tokens count for the loss as targets: ``all``, or ``assistant`` with a mask beside the tokens.
+        counted_tokens: how many count; None when it is not known.
         shard: ``{"index", "shards", "plan"}`` when this is one of several; the plan is a digest of all units of the inputs.
     """
 
@@ -51,8 +52,9 @@ class CorpusManifest:
     tool_version: str
     token_bytes: int | None = None
     rejects: int = 0
-    empty: int = 0
+    harmless_rejects: int = 0
     loss_mask: str = "all"
+    counted_tokens: int | None = None
     shard: dict | None = None
 
     def write(self, prefix: str | os.PathLike) -> None:

@@ -41,6 +41,7 @@ class PartReport:
 
     Attributes:
         documents, tokens, text_bytes: counts.
+        counted: tokens that count for the loss as targets.
         rejects: documents that were left out.
         lines: of the input, blank ones included.
         sha256: see ``PartDigest``.
@@ -50,6 +51,7 @@ class PartReport:
     documents: int
     tokens: int
     text_bytes: int
+    counted: int
     rejects: int
     lines: int
     sha256: str
@@ -73,6 +75,11 @@ class PartFolder:
         self.with_documents = with_documents
         self._recipe = text_digest(json.dumps(recipe, sort_keys=True))
 
+    @property
+    def is_begun(self) -> bool:
+        """Whether parts of this very recipe lie there."""
+        return self._recipe_there() == self._recipe
+
     def __enter__(self) -> "PartFolder":
         """Raises InputError when another process is making this corpus, or the folder is not one of these."""
         self.path.mkdir(parents=True, exist_ok=True)
@@ -88,7 +95,7 @@ class PartFolder:
             raise InputError("--output", self.prefix, "another process is making this corpus; wait for it") from error
         except OSError:
             pass  # a file system without locks
-        if self._recipe_there() != self._recipe:
+        if not self.is_begun:
             self._empty()
             write_json(self.path / RECIPE, self._recipe)
         return self
@@ -192,7 +199,7 @@ class PartWriter:
     def __init__(self, streams: dict, report: Path):
         self._streams, self._report = streams, report
         self._digest = PartDigest()
-        self._counts = dict.fromkeys(("documents", "tokens", "text_bytes", "rejects", "lines"), 0)
+        self._counts = dict.fromkeys(("documents", "tokens", "text_bytes", "counted", "rejects", "lines"), 0)
 
     def add(self, batch: EncodedBatch) -> None:
         """Appends a batch. Raises InputError for a document that the format cannot hold."""
@@ -208,7 +215,8 @@ class PartWriter:
         self._streams[REJECTS].writelines(map(reject_line, batch.rejects))
         self._digest.add(batch.tokens, batch.mask)
         self._digest.add_lengths(lengths)
-        found = (len(lengths), batch.tokens.size, batch.text_bytes, len(batch.rejects), batch.lines)
+        counted = batch.tokens.size if batch.mask is None else int(batch.mask.sum())
+        found = (len(lengths), batch.tokens.size, batch.text_bytes, counted, len(batch.rejects), batch.lines)
         for name, count in zip(self._counts, found, strict=True):
             self._counts[name] += count
 

@@ -10,10 +10,12 @@ import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
+import numpy as np
+
 from cpt_mega import __version__
 from cpt_mega.data.chat import ALL, MASKS, ChatDocuments
 from cpt_mega.data.encode import DocumentEncoder, TextDocuments
-from cpt_mega.data.indexed import IndexedCorpus, token_dtype
+from cpt_mega.data.indexed import IndexedCorpus, has_corpus, token_dtype
 from cpt_mega.data.manifest import (
     CorpusManifest,
     changed_sources,
@@ -30,15 +32,17 @@ from cpt_mega.data.routes import AUTO, REFERENCE, ROUTES, ChosenRoute, choose_ro
 from cpt_mega.data.shards import shard_prefix
 from cpt_mega.data.tokenizer import TextTokenizer
 from cpt_mega.data.units import Input, plan_units, shard_of, survey
-from cpt_mega.data.workers import Progress, UnitEncoder, make_parts
+from cpt_mega.data.workers import UnitEncoder, make_parts
 from cpt_mega.errors import InputError
 from cpt_mega.lineage import text_digest
 
+SHOWN_FAULTS = 3
 SAMPLE_BYTES, SAMPLE_UNITS = (
     1 << 19,
     8,
 )  # of the corpus, on which encoders are compared: the reference takes 0.2 s for it
 BOS_POLICIES = ("auto", "always", "never")
+ANY_NAME = ("*",)
 TEXT_FIELD, CHAT_FIELD = "text", "messages"
 BLOCK_BYTES = 1 << 20
 
@@ -57,10 +61,11 @@ class PreprocessOptions:
         loss_mask: which tokens of a chat count for the loss, one of ``chat.MASKS``.
         include: patterns of file names that are taken from folders.
         bos: ``auto`` adds BOS if the tokenizer itself does; ``always``; ``never``.
-        max_reject_share: rejects over documents in, empty ones aside, above which no corpus is written.
+        max_reject_share: rejects over documents in, above which no corpus is written; empty ones and binary files aside.
         encoder: the route from texts to ids, a name of ``routes.ROUTES`` or ``auto``; ids do not depend on it.
         shard: ``(index, shards)``: only this shard of the inputs, written under ``shard_prefix``.
-        reuse: keep a corpus that stands there already if it was made of the same inputs in the same way.
+        reuse: keep a corpus that stands there already if it was made of the same inputs in the same way, else replace it.
+        overwrite: replace a corpus that stands there.
     """
 
     inputs: tuple[str, ...]
@@ -70,12 +75,13 @@ class PreprocessOptions:
     field: str | None = None
     chat: bool = False
     loss_mask: str = ALL
-    include: tuple[str, ...] = ("*",)
+    include: tuple[str, ...] = ANY_NAME
     bos: str = "auto"
     max_reject_share: float = 0.001
     encoder: str = AUTO
     shard: tuple[int, int] | None = None
     reuse: bool = False
+    overwrite: bool = False
 
     def __post_init__(self) -> None:
         """Raises InputError for a value out of its range."""
@@ -144,55 +150,86 @@ def preprocess(options: PreprocessOptions, progress: NoProgress | None = None) -
 
     Raises InputError for bad options, an unusable tokenizer or input, too many rejects, or inputs without any text.
     """
-    begun, progress = time.monotonic(), progress or NoProgress()
+    begun = time.monotonic()
     tokenizer = TextTokenizer.load(options.tokenizer)
-    inputs = survey(options.inputs, options.include)
-    planned = plan_units(inputs)
-    units = shard_of(planned, *options.shard) if options.shard else planned
-    recipe = _recipe(options, tokenizer, planned)
-    if options.reuse and (manifest := _standing(options, recipe, inputs, units)):
+    plan = _plan(options, tokenizer)
+    if options.reuse and (manifest := _standing(options, plan)):
         return PreprocessReport(options.prefix, manifest, {}, [], time.monotonic() - begun, reused=True)
-    encoder, route = _open_encoder(options, tokenizer, units, recipe["bos_id"] is not None)
-    stamps = [(one.path, one.stamp) for one in inputs]
-    has_names = any(one.names for one in inputs)
-    everything = [recipe, stamps, options.fields.__dict__, options.include, options.shard, options.inputs]
-    with PartFolder(options.prefix, everything, encoder.dtype, recipe["loss_mask"] != ALL, has_names) as folder:
-        joiner = Joiner(folder, len(units))
-        to_do = joiner.to_do()
-        total, left = (sum(unit.input_bytes for unit in some) for some in (units, [units[part] for part in to_do]))
-        progress.start(total, total - left)
-        _make_and_join(
-            UnitEncoder(encoder, options.fields, folder, units), to_do, options.workers, joiner, progress.advance
-        )
-        rejects = joiner.collect_rejects(_lines_before(units, joiner.reports))
-        manifest = _manifest(options, recipe, inputs, units, joiner.reports, rejects)
+    folder = _open_folder(options, plan)
+    encoder, route = _open_encoder(options, tokenizer, plan)
+    with folder:
+        joiner = Joiner(folder, len(plan.units))
+        work = UnitEncoder(encoder, options.fields, folder, plan.units)
+        taken_up_bytes = _encode_all(work, joiner, options.workers, progress or NoProgress())
+        rejects = joiner.collect_rejects(_lines_before(plan.units, joiner.reports))
+        manifest = _manifest(options, plan, joiner.reports, rejects)
         _check_outcome(options, manifest, rejects, folder)
         joiner.install(manifest)
-    seconds = time.monotonic() - begun
     return PreprocessReport(
         options.prefix,
         manifest,
         rejects.by_kind,
         rejects.first,
-        seconds,
+        time.monotonic() - begun,
         route=route.name,
         passed_over=tuple(route.passed_over),
-        taken_up_bytes=total - left,
+        taken_up_bytes=taken_up_bytes,
     )
 
 
-def _make_and_join(work: UnitEncoder, to_do: list[int], workers: int, joiner: Joiner, advance: Progress) -> None:
-    for _ in make_parts(work, to_do, workers, advance):
+@dataclass(frozen=True)
+class _Plan:
+    """What is to be made: the inputs, the units of this run, and what decides what comes out of them.
+
+    ``recipe`` holds the fields of the manifest that are known before the first document.
+    """
+
+    inputs: list[Input]
+    units: list[Unit]
+    recipe: dict
+
+
+def _plan(options: PreprocessOptions, tokenizer: TextTokenizer) -> _Plan:
+    inputs = survey(options.inputs, options.include)
+    if options.include != ANY_NAME and not any(map(os.path.isdir, options.inputs)):
+        raise InputError("--include", " ".join(options.include), "chooses files of folders, and no input is one")
+    planned = plan_units(inputs)
+    units = shard_of(planned, *options.shard) if options.shard else planned
+    return _Plan(inputs, units, _recipe(options, tokenizer, planned))
+
+
+def _open_folder(options: PreprocessOptions, plan: _Plan) -> PartFolder:
+    """The folder of the parts. Raises InputError when a corpus stands there that is not to be replaced."""
+    stamps = [(one.path, one.stamp) for one in plan.inputs]
+    everything = [plan.recipe, stamps, vars(options.fields), options.include]
+    has_mask, has_names = options.loss_mask != ALL, any(one.names for one in plan.inputs)
+    folder = PartFolder(options.prefix, everything, np.dtype(plan.recipe["dtype"]), has_mask, has_names)
+    if not (options.reuse or options.overwrite or folder.is_begun) and has_corpus(options.prefix):
+        fix = "a corpus stands there; --overwrite replaces it, --reuse keeps it if it was made of the same"
+        raise InputError("--output", options.prefix, fix)
+    return folder
+
+
+def _encode_all(work: UnitEncoder, joiner: Joiner, workers: int, progress: NoProgress) -> int:
+    """Makes and joins the parts that are still to do; the bytes of input that had been encoded before."""
+    to_do = joiner.to_do()
+    total, left = (
+        sum(unit.input_bytes for unit in some) for some in (work.units, [work.units[part] for part in to_do])
+    )
+    progress.start(total, total - left)
+    for _ in make_parts(work, to_do, workers, progress.advance):
         joiner.join_ready()
     joiner.join_ready()  # what an earlier process had made
+    return total - left
 
 
 def _open_encoder(
-    options: PreprocessOptions, tokenizer: TextTokenizer, units: Sequence[Unit], bos: bool
+    options: PreprocessOptions, tokenizer: TextTokenizer, plan: _Plan
 ) -> tuple[DocumentEncoder, ChosenRoute]:
+    bos = plan.recipe["bos_id"] is not None
     if options.chat:
         return ChatDocuments(tokenizer, bos, options.loss_mask), choose_route(tokenizer, REFERENCE, ())
-    chosen = choose_route(tokenizer, options.encoder, _sample(units, options.fields))
+    chosen = choose_route(tokenizer, options.encoder, _sample(plan.units, options.fields))
     return TextDocuments(tokenizer, bos, chosen.route), chosen
 
 
@@ -208,7 +245,6 @@ def _sample(units: Sequence[Unit], fields: Fields) -> Iterator[str]:
 
 
 def _recipe(options: PreprocessOptions, tokenizer: TextTokenizer, planned: Sequence[Unit]) -> dict:
-    """The fields of the manifest that are known before the first document: they decide what comes out."""
     if options.bos == "always" and tokenizer.bos_id is None:
         raise InputError("--bos", options.bos, "the tokenizer has no BOS token; use auto or never")
     bos = {"auto": tokenizer.adds_bos, "always": True, "never": False}[options.bos]
@@ -229,12 +265,7 @@ def _recipe(options: PreprocessOptions, tokenizer: TextTokenizer, planned: Seque
 
 
 def _manifest(
-    options: PreprocessOptions,
-    recipe: dict,
-    inputs: list[Input],
-    units: list[Unit],
-    reports: list[PartReport],
-    rejects: RejectCounts,
+    options: PreprocessOptions, plan: _Plan, reports: list[PartReport], rejects: RejectCounts
 ) -> CorpusManifest:
     parts = [
         {
@@ -246,18 +277,19 @@ def _manifest(
             "source_bytes": unit.input_bytes,
             "source_sha256": report.source_sha256,
         }
-        for unit, report in zip(units, reports, strict=True)
+        for unit, report in zip(plan.units, reports, strict=True)
     ]
     return CorpusManifest(
-        **recipe,
+        **plan.recipe,
         documents=sum(report.documents for report in reports),
         tokens=sum(report.tokens for report in reports),
         content_digest=parts_digest(parts),
         parts=parts,
-        sources=describe_sources(_source_names(options, inputs), parts),
+        sources=describe_sources(_source_names(options, plan.inputs), parts),
         token_bytes=sum(report.text_bytes for report in reports),
+        counted_tokens=sum(report.counted for report in reports),
         rejects=rejects.total,
-        empty=rejects.empty,
+        harmless_rejects=rejects.harmless,
     )
 
 
@@ -270,21 +302,19 @@ def _source_names(options: PreprocessOptions, inputs: list[Input]) -> list[dict]
     ]
 
 
-def _standing(
-    options: PreprocessOptions, recipe: dict, inputs: list[Input], units: list[Unit]
-) -> CorpusManifest | None:
-    """The manifest of an intact corpus under PREFIX that this very recipe made; None when there is none."""
+def _standing(options: PreprocessOptions, plan: _Plan) -> CorpusManifest | None:
+    """The manifest of an intact corpus under PREFIX that this very plan made; None when there is none."""
     try:
         manifest = load_manifest(options.prefix)
-        if manifest is None or any(getattr(manifest, name) != value for name, value in recipe.items()):
+        if manifest is None or any(getattr(manifest, name) != value for name, value in plan.recipe.items()):
             return None
         corpus = IndexedCorpus(options.prefix)
         manifest.check_against(corpus)
     except InputError:
         return None  # damaged: made again
-    if strip_measures(manifest.sources) != _source_names(options, inputs) or changed_sources(manifest, units):
+    if strip_measures(manifest.sources) != _source_names(options, plan.inputs) or changed_sources(manifest, plan.units):
         return None
-    faults, documents_in = manifest.rejects - manifest.empty, manifest.documents + manifest.rejects
+    faults, documents_in = manifest.rejects - manifest.harmless_rejects, manifest.documents + manifest.rejects
     accepted = faults <= options.max_reject_share * documents_in
     return manifest if accepted and not damaged_parts(corpus, manifest) else None
 
@@ -319,12 +349,24 @@ def _check_outcome(
     options: PreprocessOptions, manifest: CorpusManifest, rejects: RejectCounts, folder: PartFolder
 ) -> None:
     documents_in = manifest.documents + rejects.total
-    faults = rejects.total - rejects.empty
+    faults = rejects.total - rejects.harmless
     share = faults / max(documents_in, 1)
     if share > options.max_reject_share:
-        shown = "; ".join(map(str, rejects.first))
-        fix = f"{faults} of {documents_in} documents were rejected ({share:.2%}): {shown}"
-        where = f"All are in {folder.joined_file('rejects')}. Mend them, or raise the limit and run again"
-        raise InputError("--max-reject-share", options.max_reject_share, f"{fix}. {where}")
+        shown = "; ".join(map(str, rejects.first_faults[:SHOWN_FAULTS]))
+        fix = f"{faults} of {documents_in} documents were rejected ({share:.2%}), as {shown}"
+        where = f"All are in {folder.joined_file('rejects')}"
+        advice = _advice(options, rejects) or "Correct them, or raise the limit and run again: nothing is encoded twice"
+        raise InputError("--max-reject-share", options.max_reject_share, f"{fix}. {where}. {advice}")
     if not manifest.documents and not options.shard:
         raise InputError("--input", ", ".join(options.inputs), "holds no document with text")
+
+
+def _advice(options: PreprocessOptions, rejects: RejectCounts) -> str | None:
+    """What to change when nearly all rejects say that the records are others than was thought."""
+    of_field = sum(count for kind, count in rejects.by_kind.items() if "field" in kind)
+    if of_field > rejects.total / 2:
+        kind = "text" if options.chat else "chats (--chat)"
+        return f"Name the field by --field; is it {kind}?"
+    if any(os.path.isdir(path) for path in options.inputs):
+        return "Choose the files by --include '*.py' '*.md', or raise the limit and run again"
+    return None

@@ -20,7 +20,7 @@ from typing import BinaryIO, NamedTuple, Protocol
 import numpy as np
 import orjson
 
-from cpt_mega.data.rejects import EXCERPT_CHARACTERS, Reject
+from cpt_mega.data.rejects import BINARY, EXCERPT_CHARACTERS, Reject
 from cpt_mega.errors import InputError
 
 BATCH_BYTES = (
@@ -43,7 +43,7 @@ class Fields:
         if not isinstance(record, dict):
             return _Problem("not a JSON object")
         if self.name not in record:
-            return _Problem(f"no field {self.name!r}")
+            return _Problem(f"no field {self.name!r}: its keys are {', '.join(map(str, record)) or 'none'}")
         content = record[self.name]
         if not isinstance(content, list if self.chat else str):
             return _Problem(f"field {self.name!r} is not {'a list of messages' if self.chat else 'text'}")
@@ -167,7 +167,11 @@ class CompressedJsonl:
                     counted, line = raw.tell(), line + batch.lines
                     yield batch
         except (OSError, EOFError, zlib.error, *library.errors) as error:
-            raise InputError("--input", self.path, f"cannot be unpacked ({error}); copy it again") from error
+            raise InputError(
+                "--input",
+                self.path,
+                f"cannot be unpacked ({error}); it is damaged, or of another kind than its name says",
+            ) from error
 
     def digest(self) -> str:
         """See Unit."""
@@ -292,11 +296,16 @@ def _decoded(value: object) -> object:
 
 def _file_text(raw: bytes) -> str:
     if b"\0" in raw:
-        return _Problem("binary: it holds NUL bytes")
+        return _Problem(f"{BINARY}: it holds NUL bytes")
+    return _not_utf8(raw) or raw.removeprefix(BOM_UTF8).decode()
+
+
+def _not_utf8(raw: bytes) -> _Problem | None:
     try:
-        return raw.removeprefix(BOM_UTF8).decode()
+        raw.decode()
     except UnicodeDecodeError as error:
         return _Problem(f"not UTF-8: {error.reason} at byte {error.start}")
+    return None
 
 
 def _skip_mark(stream: io.BufferedReader) -> None:
@@ -323,7 +332,7 @@ def _parse_lines(path: str, block: bytes, fields: Fields, input_bytes: int, befo
         except orjson.JSONDecodeError as error:
             if not bytes(raw).strip():
                 continue
-            content = _Problem(f"not JSON: {error}")
+            content = _not_utf8(bytes(raw)) or _Problem(f"not JSON: {error}")
         _take(batch, path, line, content, raw)
     return batch
 

@@ -8,7 +8,8 @@ import orjson
 
 EXCERPT_CHARACTERS = 400
 SHOWN = 10
-EMPTY = "empty"  # nothing is lost with such a document, so it does not count as a fault of the input
+EMPTY, BINARY = "empty", "binary"
+HARMLESS = {EMPTY, BINARY}  # no text is lost with such a document, so it does not count as a fault of the input
 
 
 @dataclass(frozen=True)
@@ -35,12 +36,15 @@ class RejectCounts:
     def __init__(self):
         self.by_kind: Counter[str] = Counter()
         self.first: list[Reject] = []
+        self.first_faults: list[Reject] = []
 
     def add(self, reject: Reject) -> None:
         """Counts one."""
         self.by_kind[reject.kind] += 1
         if len(self.first) < SHOWN:
             self.first.append(reject)
+        if reject.kind not in HARMLESS and len(self.first_faults) < SHOWN:
+            self.first_faults.append(reject)
 
     @property
     def total(self) -> int:
@@ -48,9 +52,9 @@ class RejectCounts:
         return self.by_kind.total()
 
     @property
-    def empty(self) -> int:
-        """Those with which nothing was lost."""
-        return self.by_kind[EMPTY]
+    def harmless(self) -> int:
+        """Those with which no text was lost."""
+        return sum(self.by_kind[kind] for kind in HARMLESS)
 
 
 def rejects_path(prefix: str) -> Path:

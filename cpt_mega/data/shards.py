@@ -15,7 +15,7 @@ from cpt_mega.errors import InputError
 from cpt_mega.lineage import write_json
 
 SAME = ("tokenizer_digest", "vocab_size", "eos_id", "bos_id", "dtype", "tool_version", "loss_mask")
-SUMMED = ("documents", "tokens", "token_bytes", "rejects", "empty")
+SUMMED = ("documents", "tokens", "token_bytes", "rejects", "harmless_rejects", "counted_tokens")
 
 
 def shard_prefix(prefix: str, index: int, shards: int) -> str:
@@ -55,7 +55,10 @@ def _all_shards(prefix: str) -> list[str]:
     found = sorted(filter(None, map(pattern.fullmatch, os.listdir(folder or "."))), key=lambda match: match.groups())
     counts = sorted({int(match[2]) for match in found})
     if len(counts) != 1:
-        fix = f"shards of {counts} lie there; remove those of other runs" if counts else "no shard of it is complete"
+        fix = "no shard of it is complete"
+        if counts:
+            others = " and ".join(f"*.shard-*-of-{count:05d}.*" for count in counts)
+            fix = f"{others} lie there; remove those of other runs"
         raise InputError("PREFIX", prefix, fix)
     missing = sorted(set(range(counts[0])) - {int(match[1]) for match in found})
     if missing:

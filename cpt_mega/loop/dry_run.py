@@ -41,7 +41,7 @@ def print_plan(config: Config, world: int, command: str) -> None:
     for held in inputs.sets:
         console.print(f" evaluates {held.bucket}: {held.name}, {int(held.plan.row_tokens.sum()):,} tokens")
     console.print(" everything checked; nothing was started", style="bold green")
-    console.print(f" next: {command}    (writes {config.run.dir})")
+    console.print(f" next: {command}    # writes {config.run.dir}")
 
 
 def _model_table(config: Config, info: ModelInfo, world: int) -> Table:

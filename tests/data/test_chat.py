@@ -120,7 +120,8 @@ def test_bos_is_put_once_and_does_not_count(make, template, bos):
         (["x"], "a message without a role"),
         ([{"role": "user", "content": "a<|im_end|>b"}], "a message spells a special token: <|im_end|>"),
         ([{"role": "user", "content": [{"type": "text", "text": "<s>"}]}], "a message spells a special token: <s>"),
-        ([{"role": "user"}], "the chat template refuses it"),
+        ([{"role": "user"}], "a message without content"),
+        ([{"role": "user", "content": "x"}], "no turn of the assistant, so no token would count"),
         ([{"role": "user", "content": None}], "the chat template refuses it"),
     ],
 )
@@ -170,6 +171,8 @@ def test_a_corpus_of_chats_has_its_mask_beside_the_tokens(make, tmp_path):
         (tmp_path / "c.mask.bin").write_bytes(mask[:-1])
         IndexedCorpus(tmp_path / "c")
     without = preprocess(
-        PreprocessOptions((str(source),), str(folder), str(tmp_path / "c"), chat=True, max_reject_share=0.5)
+        PreprocessOptions(
+            (str(source),), str(folder), str(tmp_path / "c"), chat=True, max_reject_share=0.5, overwrite=True
+        )
     )
     assert without.manifest.loss_mask == "all" and not (tmp_path / "c.mask.bin").exists()

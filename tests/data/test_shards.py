@@ -47,7 +47,7 @@ def test_shards_of_two_runs_are_told_apart(tmp_path, make):
     for index in range(3):
         make(index)
     make(0, 2)
-    with pytest.raises(InputError, match=r"shards of \[2, 3\] lie there"):
+    with pytest.raises(InputError, match="of-00002.* and .*of-00003.* lie there"):
         merge_shards(str(tmp_path / "c"))
 
 

@@ -92,10 +92,11 @@ def test_workers_do_not_change_the_result(tmp_path, tokenizer_folder):
     ("line", "reason"),
     [
         (b"{broken", "not JSON"),
-        (b'{"text": "\xff"}', "not JSON"),
+        (b'{"text": "\xff"}', "not UTF-8"),
         (b'{"text": "\\ud800"}', "not JSON"),
         (b"[1]", "not a JSON object"),
         (b'{"body": "x"}', "no field 'text'"),
+        (b"{}", "no field 'text'"),
         (b'{"text": 1}', "field 'text' is not text"),
         (b'{"text": ""}', "empty"),
     ],
@@ -142,15 +143,23 @@ def test_empty_documents_are_counted_but_no_fault(tmp_path, tokenizer_folder):
     source = write_jsonl(tmp_path / "in.jsonl", ["good", "", ""])
     done = run(tmp_path, "--input", source, "--tokenizer", tokenizer_folder, "--output", "c")
     assert done.returncode == 0 and "3 = 1 + 2\n" in done.stdout
-    assert (load_manifest(tmp_path / "c").rejects, load_manifest(tmp_path / "c").empty) == (2, 2)
+    assert (load_manifest(tmp_path / "c").rejects, load_manifest(tmp_path / "c").harmless_rejects) == (2, 2)
 
 
 def test_a_failure_leaves_the_corpus_that_was_there(tmp_path, tokenizer_folder, source):
     arguments = ("--tokenizer", tokenizer_folder, "--output", "c", "--workers", 1, "--input")
     run(tmp_path, *arguments, source)
     before = files_of(tmp_path)
-    assert run(tmp_path, *arguments, write_jsonl(tmp_path / "bad.jsonl", [b"bad"])).returncode == 2
+    refused = run(tmp_path, *arguments, source)
+    assert (
+        refused.returncode == 2 and "--output = 'c': a corpus stands there; --overwrite replaces it" in refused.stderr
+    )
+    bad = write_jsonl(tmp_path / "bad.jsonl", [b"bad"])
+    assert run(tmp_path, *arguments, bad, "--overwrite").returncode == 2
     assert files_of(tmp_path) == before
+    other = write_jsonl(tmp_path / "other.jsonl", ["other"])
+    assert run(tmp_path, *arguments, other, "--overwrite").returncode == 0
+    assert load_manifest(tmp_path / "c").documents == 1
 
 
 def test_an_old_reject_file_goes_when_nothing_is_rejected(tmp_path, tokenizer_folder, source):
@@ -180,7 +189,7 @@ def test_reuse_keeps_only_what_the_same_recipe_made(tmp_path, tokenizer_folder, 
         values = {"inputs": (str(source),), "tokenizer": str(tokenizer_folder), "output": str(tmp_path / "c")}
         return preprocess(PreprocessOptions(**values | {"reuse": True} | changes)).reused
 
-    assert [reused(), reused(), reused(reuse=False), reused()] == [False, True, False, True]
+    assert [reused(), reused(), reused(reuse=False, overwrite=True), reused()] == [False, True, False, True]
     assert [reused(bos="always"), reused(bos="always")] == [False, True]
     content = bytearray((tmp_path / "c.bin").read_bytes())
     content[0] ^= 1
@@ -241,10 +250,10 @@ def long_work(tmp_path_factory, tokenizer_folder):
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL], ids=lambda number: number.name)
 def test_stopped_it_goes_on_and_ends_with_the_same_bytes(tmp_path, long_work, number):
     arguments, whole = long_work
-    words = command(*arguments, "--workers", 2)
-    process = subprocess.Popen(
-        words, cwd=tmp_path, env=ENVIRONMENT, stderr=subprocess.PIPE, start_new_session=True, text=True
-    )
+    options = {"cwd": tmp_path, "env": ENVIRONMENT, "stderr": subprocess.PIPE, "text": True, "start_new_session": True}
+    # where the suite itself runs in the background, Ctrl-C is ignored
+    options["preexec_fn"] = lambda: signal.signal(signal.SIGINT, signal.SIG_DFL)
+    process = subprocess.Popen(command(*arguments, "--workers", 2), **options)
     while len(list((tmp_path / "c.parts").glob("*.json"))) < 4:  # the recipe, and three parts
         assert process.poll() is None
         time.sleep(0.01)
@@ -252,6 +261,7 @@ def test_stopped_it_goes_on_and_ends_with_the_same_bytes(tmp_path, long_work, nu
     _, errors = process.communicate(timeout=30)
     assert process.returncode == (-number if number == signal.SIGKILL else 128 + number)
     assert "Traceback" not in errors
+    assert number == signal.SIGKILL or "the same command goes on from here" in errors
     assert not files_of(tmp_path)
     again = run(tmp_path, *arguments, "--workers", 1)
     assert again.returncode == 0 and "was encoded before" in again.stderr
@@ -305,6 +315,30 @@ def test_a_document_that_goes_on_through_several_units(tmp_path, tokenizer_folde
     documents = [corpus.read(i, 0, int(length)).tolist() for i, length in enumerate(corpus.document_lengths)]
     assert [tokenizer.decode(ids[:-1]) for ids in documents] == texts
     assert [part["documents"] for part in load_manifest(tmp_path / "c").parts] == [2, 0, 0, 1]
+
+
+@pytest.mark.parametrize(
+    ("lines", "options", "advice"),
+    [
+        ([b'{"body": "x", "id": 1}'], [], "no field 'text': its keys are body, id"),
+        ([b'{"body": "x", "id": 1}'], [], "Name the field by --field; is it chats (--chat)?"),
+        ([b"{broken"], [], "or raise the limit and run again"),
+    ],
+)
+def test_what_to_change_is_said(tmp_path, tokenizer_folder, lines, options, advice):
+    source = write_jsonl(tmp_path / "in.jsonl", lines * 5)
+    done = run(tmp_path, "--input", source, "--tokenizer", tokenizer_folder, "--output", "c", *options)
+    assert done.returncode == 2 and advice in done.stderr
+    assert len(done.stderr.splitlines()) == 1 and done.stderr.count(f"{source}:") == 3  # not all five
+
+
+def test_a_folder_with_another_encoding_says_how_to_choose(tmp_path, tokenizer_folder):
+    (tmp_path / "code").mkdir()
+    (tmp_path / "code" / "a.py").write_bytes(b"\xe9")
+    arguments = ("--input", "code", "--tokenizer", tokenizer_folder, "--output", "c")
+    assert "--include '*.py'" in run(tmp_path, *arguments).stderr
+    done = run(tmp_path, "--input", write_jsonl(tmp_path / "in.jsonl", ["x"]), *arguments[2:], "--include", "*.py")
+    assert done.returncode == 2 and "no input is one" in done.stderr
 
 
 def test_two_processes_do_not_make_one_corpus(tmp_path, tokenizer_folder, source):
