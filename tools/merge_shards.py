@@ -18,8 +18,10 @@ from cpt_mega.data.sources import source_line  # noqa: E402
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("prefix", metavar="PREFIX", help="the --output of the shards")
-    prefix = parser.parse_args().prefix
-    manifest = merge_shards(prefix)
+    parser.add_argument("--max-reject-share", type=float, default=0.001, help="refuse above it (default: 0.001)")
+    arguments = parser.parse_args()
+    prefix = arguments.prefix
+    manifest = merge_shards(prefix, arguments.max_reject_share)
     documents_in = manifest.documents + manifest.rejects
     rows = {
         "shards": f"{len(shard_prefixes(prefix)):,}",

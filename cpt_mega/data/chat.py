@@ -11,8 +11,8 @@ template that renders a chat turn by turn; one that rewrites earlier turns gives
 import functools
 import json
 import re
+from collections.abc import Iterator
 
-import jinja2
 import numpy as np
 import tokenizers
 
@@ -20,14 +20,15 @@ from cpt_mega.data.encode import EncodedBatch, check_ids
 from cpt_mega.data.indexed import token_dtype
 from cpt_mega.data.readers import Batch, Document
 from cpt_mega.data.rejects import EMPTY, Reject
-from cpt_mega.data.tokenizer import HF_FILE, TOKENIZER_CONFIGS, TextTokenizer, read_config
+from cpt_mega.data.tokenizer import HF_FILE, TOKENIZER_CONFIGS, TextTokenizer, named_specials, read_config
 from cpt_mega.errors import InputError
+from cpt_mega.lineage import text_digest
 
 ALL, ASSISTANT = "all", "assistant"
 MASKS = (ALL, ASSISTANT)
 TEMPLATE_FILE = "chat_template.jinja"
 _MARKED = re.compile(r"\{%-?\s*generation\s*-?%\}")
-_SPECIAL_NAMES = ("bos_token", "eos_token", "unk_token", "pad_token")
+_ROLE = re.compile(r"[\w-]+")
 
 
 class ChatDocuments:
@@ -52,8 +53,9 @@ class ChatDocuments:
         # Truncation would cut chats without a word; a post-processor moves the places that tokens are said to begin at.
         plain = spec | {"truncation": None, "padding": None, "post_processor": None}
         self.encoder = tokenizers.Tokenizer.from_str(json.dumps(plain))
-        spelt = [token.content for token in self.encoder.get_added_tokens_decoder().values() if token.special]
-        self._spelt = re.compile("|".join(map(re.escape, sorted(spelt, key=len, reverse=True))) or "(?!)")
+        special = [tokenizers.AddedToken(token, special=True, normalized=False) for token in tokenizer.specials]
+        self.encoder.add_special_tokens(special)
+        self._spelt = re.compile("|".join(map(re.escape, sorted(tokenizer.specials, key=len, reverse=True))) or "(?!)")
 
     def __call__(self, batch: Batch) -> EncodedBatch:
         """See DocumentEncoder."""
@@ -76,13 +78,16 @@ class ChatDocuments:
 
     def _encode(self, chat: Document) -> tuple[np.ndarray, np.ndarray, int] | Reject:
         """Ids, mask and bytes of text."""
-        problem = self._problem(chat.content)
+        try:
+            problem = self._problem(chat.content)
+        except RecursionError:
+            problem = "messages within messages without end"
         if problem:
             return chat.rejected(problem)
         try:
             text, spans = self._render(chat.content)
-        except (jinja2.TemplateError, TypeError, ValueError) as error:
-            return chat.rejected(f"the chat template refuses it: {error}")
+        except Exception as error:  # a template is a program: it raises what it likes
+            return chat.rejected(f"the chat template refuses it: {error!r}")
         if self.loss_mask == ASSISTANT and not spans:
             return chat.rejected("no turn of the assistant, so no token would count")
         encoded = self.encoder.encode(text, add_special_tokens=False)
@@ -107,9 +112,12 @@ class ChatDocuments:
         for message in messages:
             if not (isinstance(message, dict) and isinstance(message.get("role"), str)):
                 return "a message without a role"
+            if not _ROLE.fullmatch(message["role"]):
+                return "a role that is no word"
             if "content" not in message and "tool_calls" not in message:
                 return "a message without content"
-            found = self._spelt.search(_all_text(message))
+            # whole, and as a template may join its parts
+            found = self._spelt.search("\n".join(_strings(message))) or self._spelt.search("".join(_strings(message)))
             if found:
                 return f"a message spells a special token: {found[0]}"
         return None
@@ -151,6 +159,11 @@ class ChatDocuments:
         )
         return texts[0]
 
+    @property
+    def digest(self) -> str:
+        """Of what makes text of messages: the template, and the special tokens that it may name."""
+        return text_digest(json.dumps([self.template, sorted(self.special_tokens.items())]))
+
     @functools.cached_property
     def _renderer(self):
         from transformers.utils.chat_template_utils import render_jinja_template
@@ -170,24 +183,33 @@ def _load_template(tokenizer: TextTokenizer) -> tuple[str, dict[str, str]]:
     if not isinstance(template, str):
         fix = f"has no chat template; put one into {TEMPLATE_FILE} beside it, or render the chats and give text"
         raise InputError("--chat", str(tokenizer.path), fix)
-    tokens = {name: config.get(name) for name in _SPECIAL_NAMES}
-    named = {name: token.get("content") if isinstance(token, dict) else token for name, token in tokens.items()}
-    return template, {name: token for name, token in named.items() if isinstance(token, str)}
+    if "strftime_now" in template:
+        fix = "writes the day of its making into every chat; put a date into a copy of it"
+        raise InputError("--chat", f"the chat template of {tokenizer.path}", fix)
+    return template, named_specials(folder)
 
 
-def _all_text(value: object) -> str:
-    """Every string within a message, where a template may take text from."""
+def _strings(value: object) -> Iterator[str]:
+    """Every string within a message, where a template may take text from: keys too."""
     if isinstance(value, str):
-        return value
-    inner = value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
-    return "\n".join(map(_all_text, inner))
+        yield value
+    elif isinstance(value, dict):
+        for key, inner in value.items():
+            yield from _strings(key)
+            yield from _strings(inner)
+    elif isinstance(value, list | tuple):
+        for inner in value:
+            yield from _strings(inner)
 
 
 def _within(offsets: list[tuple[int, int]], spans: list[tuple[int, int]]) -> np.ndarray:
-    """1 for each token that begins within a span; tokens that are parts of one letter have its place."""
-    if not spans:
+    """1 for each token that has a letter within a span: one that begins with the blank before a turn is the turn's first.
+
+    Tokens that are parts of one letter have its place.
+    """
+    if not spans or not offsets:
         return np.zeros(len(offsets), np.uint8)
-    begins = np.array([begin for begin, _ in offsets])
+    begins, ends = np.array(offsets).T
     firsts, lasts = np.array(spans).T
-    at = np.searchsorted(firsts, begins, side="right") - 1
+    at = np.searchsorted(firsts, ends, side="left") - 1  # the last span that begins before the token ends
     return ((at >= 0) & (begins < lasts[np.maximum(at, 0)])).astype(np.uint8)

@@ -35,6 +35,7 @@ class CorpusManifest:
         token_bytes: UTF-8 bytes of the text, for bits per byte; None when it is not known.
         rejects: documents of the sources that are not in the corpus; with ``harmless_rejects`` of them nothing was lost.
         loss_mask: which tokens count for the loss as targets: ``all``, or ``assistant`` with a mask beside the tokens.
+        chat_digest: of the chat template and the special tokens it names; None where documents were no chats.
         counted_tokens: how many count; None when it is not known.
         shard: ``{"index", "shards", "plan"}`` when this is one of several; the plan is a digest of all units of the inputs.
     """
@@ -54,6 +55,7 @@ class CorpusManifest:
     rejects: int = 0
     harmless_rejects: int = 0
     loss_mask: str = "all"
+    chat_digest: str | None = None
     counted_tokens: int | None = None
     shard: dict | None = None
 

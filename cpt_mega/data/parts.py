@@ -10,7 +10,7 @@ import fcntl
 import json
 import os
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, replace
 from itertools import chain
@@ -21,7 +21,7 @@ import numpy as np
 import orjson
 
 from cpt_mega.data.encode import EncodedBatch
-from cpt_mega.data.indexed import BLOCK_TOKENS, PartDigest, documents_path, mask_path, shards_path
+from cpt_mega.data.indexed import BLOCK_TOKENS, PartDigest, corpus_files, documents_path, mask_path, shards_path
 from cpt_mega.data.indexed_writer import check_lengths, install_corpus, write_index
 from cpt_mega.data.manifest import CorpusManifest, manifest_path
 from cpt_mega.data.rejects import Reject, RejectCounts, reject_line, rejects_path
@@ -46,6 +46,7 @@ class PartReport:
         lines: of the input, blank ones included.
         sha256: see ``PartDigest``.
         source_sha256: of the bytes of the input.
+        sizes: bytes of each of its files, by kind.
     """
 
     documents: int
@@ -56,6 +57,7 @@ class PartReport:
     lines: int
     sha256: str
     source_sha256: str
+    sizes: dict[str, int]
 
 
 class PartFolder:
@@ -83,7 +85,8 @@ class PartFolder:
     def __enter__(self) -> "PartFolder":
         """Raises InputError when another process is making this corpus, or the folder is not one of these."""
         self.path.mkdir(parents=True, exist_ok=True)
-        others = [path.name for path in self.path.iterdir() if path.name != LOCK]
+        others = [path.name for path in self.path.iterdir()]
+        others = [name for name in others if name != LOCK and not name.startswith(f".{RECIPE}.")]  # begun and killed
         if others and RECIPE not in others:
             fix = "this folder would be emptied, and holds what is not of a corpus; move it away or give another prefix"
             raise InputError("--output", str(self.path), fix)
@@ -145,6 +148,11 @@ class PartFolder:
         except (OSError, ValueError):
             return None
 
+    def remove(self) -> None:
+        """Removes the folder; killed in the middle, what is left is still known as ours."""
+        self._empty()
+        shutil.rmtree(self.path)
+
     def _empty(self) -> None:
         # the recipe last: without one the folder would not be known as ours
         for path in sorted(self.path.iterdir(), key=lambda path: path.name == RECIPE):
@@ -156,15 +164,17 @@ class PartFolder:
         report = self.report(part)
         if report is None:
             return
-        expected = {kind: report.tokens * width for kind, width in self.joined_widths.items()}
-        expected[LENGTHS] = report.documents * 4
-        files = {kind: self._file(part, kind) for kind in expected}
-        if any(not path.exists() or path.stat().st_size != expected[kind] for kind, path in files.items()):
+        if not self._is_whole(part, report, report.sizes):
             self._file(part, "json").unlink()
 
-    def is_joined(self, part: int) -> bool:
-        """Whether the part's tokens have been appended."""
-        return not self._file(part, TOKENS).exists()
+    def is_joined(self, part: int, report: PartReport) -> bool:
+        """Whether the part's tokens have been appended, and the rest of it is there."""
+        rest = report.sizes.keys() - self.joined_widths.keys()
+        return not self._file(part, TOKENS).exists() and self._is_whole(part, report, rest)
+
+    def _is_whole(self, part: int, report: PartReport, kinds: Iterable[str]) -> bool:
+        files = {kind: self._file(part, kind) for kind in kinds}
+        return all(path.exists() and path.stat().st_size == report.sizes[kind] for kind, path in files.items())
 
     def append(self, part: int, kind: str, target: Path) -> None:
         """Appends a part's file of a kind to another, inside the kernel."""
@@ -225,7 +235,8 @@ class PartWriter:
         for stream in self._streams.values():
             stream.truncate()
             stream.flush()
-        report = PartReport(**self._counts, sha256=self._digest.hexdigest(), source_sha256=source_sha256)
+        sizes = {kind: stream.tell() for kind, stream in self._streams.items()}
+        report = PartReport(**self._counts, sha256=self._digest.hexdigest(), source_sha256=source_sha256, sizes=sizes)
         # Not forced to the disk: a report that outlives its files in a power cut is found out by their sizes.
         unfinished = self._report.with_suffix(".tmp")
         unfinished.write_text(json.dumps(asdict(report)))
@@ -271,7 +282,7 @@ class Joiner:
             self._syncing = self._background.submit(_to_disk, self.folder.joined_file(TOKENS))
 
     def install(self, manifest: CorpusManifest) -> None:
-        """Puts the corpus where it belongs and removes the folder; until the last moment the old corpus stands."""
+        """Puts the corpus where it belongs and removes the folder; until the new one is whole the old one stands."""
         self._background.shutdown()
         folder, prefix = self.folder, self.folder.prefix
         index = folder.path / "all.idx"
@@ -281,7 +292,8 @@ class Joiner:
             self._join_anew(DOCUMENTS)
         for kind in (*folder.joined_widths, "idx"):
             _to_disk(folder.joined_file(kind))
-        # The old manifest does not describe what is renamed into place now.
+        # The index first: without one there is no corpus, and nothing is taken for a part of the old one.
+        corpus_files(prefix)[1].unlink(missing_ok=True)
         manifest_path(prefix).unlink(missing_ok=True)
         shards_path(prefix).unlink(missing_ok=True)
         optional = {MASK: mask_path(prefix), DOCUMENTS: documents_path(prefix), REJECTS: rejects_path(prefix)}
@@ -291,7 +303,7 @@ class Joiner:
                 os.replace(folder.joined_file(kind), target)
         install_corpus(prefix, folder.joined_file(TOKENS), index)
         manifest.write(prefix)
-        shutil.rmtree(folder.path)
+        folder.remove()
 
     def collect_rejects(self, lines_before: Sequence[int]) -> RejectCounts:
         """Counts the rejects of all parts and writes them to one file, if there are any.
@@ -320,7 +332,9 @@ class Joiner:
         """Takes up what an earlier process joined, as far as it is all there; cuts off what it had not finished."""
         folder = self.folder
         reports: list[PartReport] = []
-        while len(reports) < self.parts and folder.is_joined(len(reports)) and (report := folder.report(len(reports))):
+        while len(reports) < self.parts and (report := folder.report(len(reports))):
+            if not folder.is_joined(len(reports), report):
+                break
             reports.append(report)
         self.reports = reports[: _covered(reports, folder)]
         for part in range(len(self.reports), self.parts):

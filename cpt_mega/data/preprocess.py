@@ -94,6 +94,8 @@ class PreprocessOptions:
             value = getattr(self, option[2:].replace("-", "_"))
             if value not in known:
                 raise InputError(option, value, f"give one of {', '.join(known)}")
+        if self.chat and self.encoder not in (AUTO, REFERENCE):
+            raise InputError("--encoder", self.encoder, "chats go by the tokenizer's own library; use auto")
         if self.loss_mask != ALL and not self.chat:
             raise InputError("--loss-mask", self.loss_mask, "is about the messages of chats; add --chat")
         if not 0 <= self.max_reject_share <= 1:
@@ -164,6 +166,7 @@ def preprocess(options: PreprocessOptions, progress: NoProgress | None = None) -
         rejects = joiner.collect_rejects(_lines_before(plan.units, joiner.reports))
         manifest = _manifest(options, plan, joiner.reports, rejects)
         _check_outcome(options, manifest, rejects, folder)
+        _check_unchanged(options, plan)
         joiner.install(manifest)
     return PreprocessReport(
         options.prefix,
@@ -191,11 +194,16 @@ class _Plan:
 
 def _plan(options: PreprocessOptions, tokenizer: TextTokenizer) -> _Plan:
     inputs = survey(options.inputs, options.include)
+    for one in inputs:
+        if one.names and os.path.commonpath([one.path, os.path.abspath(options.output)]) == one.path:
+            raise InputError(
+                "--output", options.output, f"lies in the input {one.path}, and would be read the next time"
+            )
     if options.include != ANY_NAME and not any(map(os.path.isdir, options.inputs)):
         raise InputError("--include", " ".join(options.include), "chooses files of folders, and no input is one")
     planned = plan_units(inputs)
     units = shard_of(planned, *options.shard) if options.shard else planned
-    return _Plan(inputs, units, _recipe(options, tokenizer, planned))
+    return _Plan(inputs, units, _recipe(options, tokenizer, inputs, planned))
 
 
 def _open_folder(options: PreprocessOptions, plan: _Plan) -> PartFolder:
@@ -244,13 +252,16 @@ def _sample(units: Sequence[Unit], fields: Fields) -> Iterator[str]:
                 left -= len(document.content)
 
 
-def _recipe(options: PreprocessOptions, tokenizer: TextTokenizer, planned: Sequence[Unit]) -> dict:
+def _recipe(
+    options: PreprocessOptions, tokenizer: TextTokenizer, inputs: Sequence[Input], planned: Sequence[Unit]
+) -> dict:
     if options.bos == "always" and tokenizer.bos_id is None:
         raise InputError("--bos", options.bos, "the tokenizer has no BOS token; use auto or never")
     bos = {"auto": tokenizer.adds_bos, "always": True, "never": False}[options.bos]
     shard = None
     if options.shard:
-        plan = text_digest("\n".join(map(repr, planned)))
+        stamps = [one.stamp for one in inputs]
+        plan = text_digest("\n".join([*stamps, *map(repr, planned)]))
         shard = {"index": options.shard[0], "shards": options.shard[1], "plan": plan}
     return {
         "tokenizer_digest": tokenizer.digest,
@@ -259,6 +270,7 @@ def _recipe(options: PreprocessOptions, tokenizer: TextTokenizer, planned: Seque
         "bos_id": tokenizer.bos_id if bos else None,
         "dtype": token_dtype(tokenizer.vocab_size).name,
         "loss_mask": options.loss_mask,
+        "chat_digest": ChatDocuments(tokenizer, bos, options.loss_mask).digest if options.chat else None,
         "tool_version": __version__,
         "shard": shard,
     }
@@ -319,6 +331,13 @@ def _standing(options: PreprocessOptions, plan: _Plan) -> CorpusManifest | None:
     return manifest if accepted and not damaged_parts(corpus, manifest) else None
 
 
+def _check_unchanged(options: PreprocessOptions, plan: _Plan) -> None:
+    """Raises InputError when an input was written to meanwhile: half of it would be old and half new."""
+    for before, now in zip(plan.inputs, survey(options.inputs, options.include), strict=True):
+        if before.stamp != now.stamp:
+            raise InputError("--input", before.path, "changed while it was read; run again")
+
+
 def _lines_before(units: Sequence[Unit], reports: Sequence[PartReport]) -> list[int]:
     """For each unit that counts its own lines from 1, the lines of its file before it; 0 for the others."""
     lines, before = {}, []
@@ -351,7 +370,7 @@ def _check_outcome(
     documents_in = manifest.documents + rejects.total
     faults = rejects.total - rejects.harmless
     share = faults / max(documents_in, 1)
-    if share > options.max_reject_share:
+    if share > options.max_reject_share and not options.shard:  # of all shards together: merge_shards
         shown = "; ".join(map(str, rejects.first_faults[:SHOWN_FAULTS]))
         fix = f"{faults} of {documents_in} documents were rejected ({share:.2%}), as {shown}"
         where = f"All are in {folder.joined_file('rejects')}"

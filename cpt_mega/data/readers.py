@@ -27,6 +27,7 @@ BATCH_BYTES = (
     2 << 20
 )  # of input, read and encoded at once: what bounds the memory of a process, with its longest document
 READ_AHEAD_BYTES = 1 << 18
+SHORTER = "became shorter while it was read; run again"
 LINE_END = ord("\n")
 SIZES = ("total_byte_size", "num_rows")  # of a Parquet row group
 
@@ -128,7 +129,7 @@ class JsonlRange:
             while (at := stream.tell()) < self.stop:
                 block = stream.read(min(BATCH_BYTES, self.stop - at))
                 if not block:
-                    raise InputError("--input", self.path, "became shorter while it was read; run again")
+                    raise InputError("--input", self.path, SHORTER)
                 yield _parse_lines(self.path, _with_last_line(block, stream), fields, min(len(block), self.stop - at))
 
     def digest(self) -> str:
@@ -141,8 +142,9 @@ class JsonlRange:
             _skip_mark(stream)
             return
         stream.seek(self.start - 1)
-        while stream.tell() < self.stop and not stream.readline(BATCH_BYTES).endswith(b"\n"):
-            pass
+        while stream.tell() < self.stop and not (line := stream.readline(BATCH_BYTES)).endswith(b"\n"):
+            if not line:
+                raise InputError("--input", self.path, SHORTER)
 
 
 @dataclass(frozen=True)
@@ -238,6 +240,7 @@ class ParquetGroups:
         except UnicodeDecodeError:  # one of them: Parquet's writers do not check
             values = [_decoded(value) for value in column]
         for line, value in enumerate(values, row + 1):
+            value = _without_absent(value) if fields.chat else value
             content = value if isinstance(value, _Problem) else fields.content({fields.name: value})
             _take(batch, self.path, line, content, b"")
         return batch
@@ -261,7 +264,7 @@ class FileGroup:
                 raw = stream.read()
             batch.input_bytes += len(raw)
             batch.lines += 1
-            _take(batch, os.fsencode(path).decode(errors="replace"), 1, _file_text(raw), raw)
+            _take(batch, path, 1, _file_text(raw), raw)
             if batch.input_bytes >= BATCH_BYTES:
                 yield batch
                 batch = Batch()
@@ -285,6 +288,15 @@ def file_slice_digest(path: str, start: int, stop: int) -> str:
             total.update(block)
             start += len(block)
     return total.hexdigest()
+
+
+def _without_absent(value: object) -> object:
+    """Messages without the keys that they lack: in Parquet all have all, and None stands for what is not there."""
+    if isinstance(value, list):
+        return [_without_absent(each) for each in value]
+    if isinstance(value, dict):
+        return {key: _without_absent(each) for key, each in value.items() if each is not None or key == "content"}
+    return value
 
 
 def _decoded(value: object) -> object:
@@ -338,6 +350,7 @@ def _parse_lines(path: str, block: bytes, fields: Fields, input_bytes: int, befo
 
 
 def _take(batch: Batch, path: str, line: int, content: object, raw: bytes | memoryview) -> None:
+    path = path if path.isascii() else os.fsencode(path).decode(errors="backslashreplace")  # names may be any bytes
     if isinstance(content, _Problem):
         batch.items.append(Reject(path, line, str(content), bytes(raw[:EXCERPT_CHARACTERS]).decode(errors="replace")))
     else:

@@ -9,10 +9,10 @@ a line in ``ROUTES``.
 
 import importlib.util
 import unicodedata
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
-from itertools import chain
+from itertools import chain, pairwise
 from pathlib import Path
 from typing import NamedTuple, Protocol
 
@@ -24,6 +24,7 @@ from cpt_mega.errors import InputError
 
 AUTO, REFERENCE = "auto", "reference"
 GPT2_PATTERN = r"""'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"""
+NFC = {"type": "NFC"}
 LAST_LETTERS, SYMBOLS = 0x34000, range(0x1F000, 0x1FB00)  # code points
 NONCHARACTER = "\ufdd0"  # stands in no text
 # What encoders get wrong first: normalisation, runs of blanks and line ends, digits, joined emoji, marks without a letter,
@@ -78,7 +79,8 @@ class GigatokenRoute:
         if importlib.util.find_spec("gigatoken") is None:
             raise InputError("--encoder", "gigatoken", "is not installed; pip install gigatoken")
         is_hf = tokenizer.path.name == HF_FILE
-        self._spec = _plain_hf(tokenizer.path) if is_hf else _plain_sentencepiece(tokenizer.path)
+        self._normalise = _Normaliser(tokenizer)
+        self._spec = _plain_hf(tokenizer) if is_hf else _plain_sentencepiece(tokenizer.path)
         self._renew()
 
     def encode(self, texts: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
@@ -88,7 +90,7 @@ class GigatokenRoute:
         self._seen += sum(map(len, texts))
         if not texts:
             return np.empty(0, np.uint32), np.empty(0, np.int64)
-        layout = self._encoder.encode_batch(list(texts), parallel=False).layout
+        layout = self._encoder.encode_batch(self._normalise(texts), parallel=False).layout
         offsets = layout.offsets.data
         return layout.content.data[offsets[0] : offsets[-1]], np.diff(offsets)
 
@@ -168,11 +170,47 @@ def is_new(letter: str) -> bool:
     return ord(letter) < LAST_LETTERS and ord(letter) not in SYMBOLS and unicodedata.category(letter) == "Cn"
 
 
-def _plain_hf(path: Path) -> str:
-    """A ``tokenizer.json`` without special tokens, and without what puts any around a text."""
-    spec = orjson.loads(path.read_bytes())
-    added = [token for token in spec.get("added_tokens") or () if not token["special"]]
-    plain = {"added_tokens": added, "post_processor": None, "truncation": None, "padding": None}
+class _Normaliser:
+    """NFC as the tokenizer's own library does it, which is by older Unicode tables than others have; else nothing.
+
+    A text that is normalised by Python's tables is so by older ones: what they do not know they leave where it is.
+    """
+
+    def __init__(self, tokenizer: TextTokenizer):
+        own = _spec(tokenizer).get("normalizer")
+        self._own = tokenizer.encoder.tokenizer.normalizer if own == NFC else None
+
+    def __call__(self, texts: Sequence[str]) -> list[str]:
+        if self._own is None:
+            return list(texts)
+        return [text if _is_nfc(text) else self._own.normalize_str(text) for text in texts]
+
+
+def _is_nfc(text: str) -> bool:
+    return text.isascii() or unicodedata.is_normalized("NFC", text)
+
+
+def _spec(tokenizer: TextTokenizer) -> dict:
+    return orjson.loads(tokenizer.path.read_bytes()) if tokenizer.path.name == HF_FILE else {}
+
+
+def _plain_added(tokenizer: TextTokenizer, spec: dict, route: str) -> list[dict]:
+    """Added tokens that are found in texts. Raises InputError for a way of finding them that only the reference knows."""
+    added = [token for token in spec.get("added_tokens") or () if token["content"] not in tokenizer.specials]
+    for token in added:
+        flags = [flag for flag in ("single_word", "lstrip", "rstrip") if token.get(flag)]
+        flags += ["normalized"] * bool(token.get("normalized") and spec.get("normalizer"))
+        if flags:
+            raise InputError("--encoder", route, f"does not know {flags[0]} of the added token {token['content']!r}")
+    return added
+
+
+def _plain_hf(tokenizer: TextTokenizer) -> str:
+    """A ``tokenizer.json`` without special tokens, without what puts any around a text, and without NFC."""
+    spec = _spec(tokenizer)
+    plain = {"added_tokens": _plain_added(tokenizer, spec, "gigatoken")}
+    plain |= dict.fromkeys(("post_processor", "truncation", "padding"))
+    plain |= {"normalizer": None} if spec.get("normalizer") == NFC else {}
     return orjson.dumps(spec | plain).decode()
 
 
@@ -199,28 +237,38 @@ class TiktokenRoute:
             raise InputError("--encoder", "tiktoken", "is not installed; pip install tiktoken")
         import tiktoken
 
-        spec = orjson.loads(tokenizer.path.read_bytes()) if tokenizer.path.name == HF_FILE else {}
-        pattern, normal_form = _byte_level_pattern(spec), spec.get("normalizer")
-        if pattern is None or (normal_form or {"type": "NFC"}) != {"type": "NFC"}:
+        spec = _spec(tokenizer)
+        pattern = _byte_level_pattern(spec)
+        if pattern is None or spec.get("normalizer") not in (None, NFC):
             raise InputError("--encoder", "tiktoken", "takes byte-level BPE alone, as it is or under NFC")
-        self._normalise = normal_form is not None
+        self._normalise = _Normaliser(tokenizer)
         bytes_of = {letter: bytes([byte]) for byte, letter in enumerate(_byte_letters())}
-        added = spec.get("added_tokens") or ()
-        merged = spec["model"]["vocab"].keys() - {token["content"] for token in added}
-        ranks = {b"".join(map(bytes_of.__getitem__, token)): spec["model"]["vocab"][token] for token in merged}
-        wanted = {token["content"]: token["id"] for token in added if not token["special"]}
+        wanted = {token["content"]: token["id"] for token in _plain_added(tokenizer, spec, "tiktoken")}
+        if any(one != other and other.startswith(one) for one in wanted for other in wanted):
+            raise InputError("--encoder", "tiktoken", "finds the shorter of two added tokens that begin alike")
+        vocabulary = spec["model"]["vocab"]
+        merged = vocabulary.keys() - {token["content"] for token in spec.get("added_tokens") or ()} - tokenizer.specials
+        _check_merges(spec["model"]["merges"], vocabulary, merged)
+        ranks = {b"".join(map(bytes_of.__getitem__, token)): vocabulary[token] for token in merged}
         self._added = set(wanted)
         self._encoder = tiktoken.Encoding("corpus", pat_str=pattern, mergeable_ranks=ranks, special_tokens=wanted)
 
     def encode(self, texts: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
         """See Route."""
-        if self._normalise:
-            texts = [unicodedata.normalize("NFC", text) for text in texts]
         encoded = [
-            self._encoder.encode_to_numpy(text, allowed_special=self._added, disallowed_special=()) for text in texts
+            self._encoder.encode_to_numpy(text, allowed_special=self._added, disallowed_special=())
+            for text in self._normalise(texts)
         ]
         lengths = np.fromiter(map(len, encoded), np.int64, len(encoded))
         return np.concatenate([np.empty(0, np.uint32), *encoded]), lengths
+
+
+def _check_merges(merges: list, vocabulary: dict[str, int], merged: set[str]) -> None:
+    """Raises InputError unless tokens come about by merges in the order of their ids, which is all that tiktoken knows."""
+    made = ["".join(merge) if isinstance(merge, list) else merge.replace(" ", "") for merge in merges]
+    ids = [vocabulary[token] for token in made]
+    if any(one >= other for one, other in pairwise(ids)) or {token for token in merged if len(token) > 1} - set(made):
+        raise InputError("--encoder", "tiktoken", "takes vocabularies in the order of their merges alone")
 
 
 def _byte_letters() -> list[str]:
@@ -272,7 +320,7 @@ def choose_route(tokenizer: TextTokenizer, wanted: str, sample: Iterable[str]) -
     reference, passed_over = ReferenceRoute(tokenizer), []
     if wanted == REFERENCE:
         return ChosenRoute(REFERENCE, reference, passed_over)
-    texts = [*NASTY, *sample]
+    texts = [*NASTY, *_around_added(tokenizer), *sample]
     for name in [name for name in ROUTES if name != REFERENCE] if wanted == AUTO else [wanted]:
         try:
             route = open_route(tokenizer, name)
@@ -285,6 +333,13 @@ def choose_route(tokenizer: TextTokenizer, wanted: str, sample: Iterable[str]) -
             raise InputError("--encoder", wanted, problem)
         passed_over.append(f"{name}: {problem}")
     return ChosenRoute(REFERENCE, reference, passed_over)
+
+
+def _around_added(tokenizer: TextTokenizer) -> Iterator[str]:
+    """Every added token in a word, alone, twice and in other cases."""
+    for token in _spec(tokenizer).get("added_tokens") or ():
+        word = token["content"]
+        yield f"a{word}b {word} {word}{word}\n{word.upper()} {word.lower()} {word[:-1]} "
 
 
 def open_route(tokenizer: TextTokenizer, name: str) -> Route:

@@ -14,7 +14,7 @@ from cpt_mega.data.manifest import CorpusManifest, describe_sources, load_manife
 from cpt_mega.errors import InputError
 from cpt_mega.lineage import write_json
 
-SAME = ("tokenizer_digest", "vocab_size", "eos_id", "bos_id", "dtype", "tool_version", "loss_mask")
+SAME = ("tokenizer_digest", "vocab_size", "eos_id", "bos_id", "dtype", "tool_version", "loss_mask", "chat_digest")
 SUMMED = ("documents", "tokens", "token_bytes", "rejects", "harmless_rejects", "counted_tokens")
 
 
@@ -23,10 +23,11 @@ def shard_prefix(prefix: str, index: int, shards: int) -> str:
     return f"{prefix}.shard-{index:05d}-of-{shards:05d}"
 
 
-def merge_shards(prefix: str) -> CorpusManifest:
+def merge_shards(prefix: str, max_reject_share: float = 0.001) -> CorpusManifest:
     """Makes one corpus of the shards of PREFIX: ``PREFIX.shards.json`` and ``PREFIX.manifest.json``.
 
-    Raises InputError when shards are missing, of several runs, damaged, or an unsharded corpus stands there.
+    Raises InputError when shards are missing, of several runs, or not those of their manifests, when more documents than
+    ``max_reject_share`` were rejected in all, or an unsharded corpus stands there.
     """
     if corpus_files(prefix)[1].exists():
         raise InputError("PREFIX", prefix, "a corpus of its own stands there; remove it, or merge under another name")
@@ -42,6 +43,12 @@ def merge_shards(prefix: str) -> CorpusManifest:
         parts=parts,
         sources=sources,
     )
+    faults, documents_in = merged.rejects - merged.harmless_rejects, merged.documents + merged.rejects
+    if faults > max_reject_share * documents_in:
+        fix = f"{faults} of {documents_in} documents were rejected: see {prefix}.shard-*.rejects.jsonl, or raise the limit"
+        raise InputError("--max-reject-share", max_reject_share, fix)
+    if not merged.documents:
+        raise InputError("PREFIX", prefix, "no shard of it holds a document with text")
     write_json(shards_path(prefix), [os.path.basename(name) for name in names])
     merged.check_against(IndexedCorpus(prefix))
     merged.write(prefix)

@@ -83,6 +83,7 @@ class TextTokenizer:
         eos_id: ends a document.
         bos_id: begins one; None when the tokenizer has no such token.
         adds_bos: whether the tokenizer itself puts BOS before a text.
+        specials: the special tokens as strings: those that are marked so, and those that the configuration names.
     """
 
     path: Path
@@ -92,6 +93,7 @@ class TextTokenizer:
     eos_id: int
     bos_id: int | None
     adds_bos: bool
+    specials: frozenset[str] = frozenset()
 
     @classmethod
     def load(cls, path: str | os.PathLike) -> "TextTokenizer":
@@ -168,8 +170,14 @@ def _load_hf(cls: type[TextTokenizer], path: Path) -> TextTokenizer:
         tokenizer = tokenizers.Tokenizer.from_file(str(path))
     except Exception as error:  # the library raises bare Exception
         raise InputError("tokenizer", str(path), f"cannot be read ({error}); copy it again") from error
+    named = named_specials(path.parent).values()
+    # transformers makes them special whatever the file says; the library alone would find them in texts
+    tokenizer.add_special_tokens(
+        [tokenizers.AddedToken(name, special=True, normalized=False) for name in named if tokenizer.token_to_id(name)]
+    )
     tokenizer.encode_special_tokens = True  # literally in a text they are text
     encoder = HFEncoder(tokenizer)
+    added = tokenizer.get_added_tokens_decoder().values()
     bos_id, eos_id = (_special_id(path.parent, name, tokenizer.token_to_id) for name in ("bos", "eos"))
     with_specials = tokenizer.encode(PROBE_TEXT, add_special_tokens=True).ids
     return cls(
@@ -180,6 +188,7 @@ def _load_hf(cls: type[TextTokenizer], path: Path) -> TextTokenizer:
         eos_id=_required_eos(path, eos_id),
         bos_id=bos_id,
         adds_bos=bos_id is not None and with_specials[:1] == [bos_id],
+        specials=frozenset(token.content for token in added if token.special),
     )
 
 
@@ -198,6 +207,19 @@ def _load_sentencepiece(cls: type[TextTokenizer], path: Path) -> TextTokenizer:
         bos_id=bos_id,
         adds_bos=bos_id is not None and bool(read_config(path.parent / TOKENIZER_CONFIGS[0]).get("add_bos_token")),
     )
+
+
+def named_specials(folder: Path) -> dict[str, str]:
+    """The special tokens that a tokenizer's configuration names, by their name there: ``bos_token`` and so on."""
+    found: dict[str, str] = {}
+    for config in reversed(TOKENIZER_CONFIGS):  # the first has the last word
+        values = read_config(folder / config)
+        extra = values.get("extra_special_tokens")
+        for name, token in (values | (extra if isinstance(extra, dict) else {})).items():
+            token = token.get("content") if isinstance(token, dict) else token
+            if isinstance(token, str) and name.endswith("_token"):
+                found[name] = token
+    return found
 
 
 def _required_eos(path: Path, eos_id: int | None) -> int:

@@ -111,7 +111,21 @@ def torn_report(folder):
     folder._file(3, "json").write_text('{"documents": 1')
 
 
+def power_cut_in_the_rejects(folder):
+    """Of a part that is appended and of one that is not."""
+    join_two(folder)
+    for part in (1, 3):
+        folder._file(part, "rejects").write_bytes(b"")
+
+
+def killed_while_removing(folder):
+    join_two(folder)
+    folder._empty()
+
+
 CRASHES = {
+    power_cut_in_the_rejects: [1, 2, 3],
+    killed_while_removing: [0, 1, 2, 3],
     join_two: [2],
     crash_while_appending: [],
     crash_while_removing: [2],

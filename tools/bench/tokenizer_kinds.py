@@ -103,7 +103,7 @@ def train_kind(name: str, texts: Sequence[str], vocab_size: int, folder: Path) -
         )
         return folder
     tokenizer = JSON_KINDS[name](texts, vocab_size)
-    tokenizer.add_tokens([ADDED])
+    tokenizer.add_tokens([tokenizers.AddedToken(ADDED, normalized=False)])  # as those of Qwen and Gemma are
     tokenizer.save(str(folder / "tokenizer.json"))
     (folder / "tokenizer_config.json").write_text(
         json.dumps({"eos_token": SPECIALS[0], "tokenizer_class": "PreTrainedTokenizerFast"})
