@@ -116,8 +116,7 @@ class ChatDocuments:
                 return "a role that is no word"
             if "content" not in message and "tool_calls" not in message:
                 return "a message without content"
-            # whole, and as a template may join its parts
-            found = self._spelt.search("\n".join(_strings(message))) or self._spelt.search("".join(_strings(message)))
+            found = self._spelt.search("\n".join([*_strings(message), _joined_parts(message)]))
             if found:
                 return f"a message spells a special token: {found[0]}"
         return None
@@ -187,6 +186,13 @@ def _load_template(tokenizer: TextTokenizer) -> tuple[str, dict[str, str]]:
         fix = "writes the day of its making into every chat; put a date into a copy of it"
         raise InputError("--chat", f"the chat template of {tokenizer.path}", fix)
     return template, named_specials(folder)
+
+
+def _joined_parts(message: dict) -> str:
+    """The text of a message's parts one behind the other, as templates join them."""
+    parts = message.get("content")
+    texts = [part.get("text") for part in parts if isinstance(part, dict)] if isinstance(parts, list) else []
+    return "".join(text for text in texts if isinstance(text, str))
 
 
 def _strings(value: object) -> Iterator[str]:

@@ -60,7 +60,10 @@ class Document(NamedTuple):
 
     def rejected(self, reason: str) -> Reject:
         """This document as one left out."""
-        shown = self.content if isinstance(self.content, str) else str(self.content)
+        try:
+            shown = self.content if isinstance(self.content, str) else str(self.content)
+        except RecursionError:
+            shown = "..."
         return Reject(self.path, self.line, reason, shown[:EXCERPT_CHARACTERS])
 
 

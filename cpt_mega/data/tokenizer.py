@@ -172,9 +172,8 @@ def _load_hf(cls: type[TextTokenizer], path: Path) -> TextTokenizer:
         raise InputError("tokenizer", str(path), f"cannot be read ({error}); copy it again") from error
     named = named_specials(path.parent).values()
     # transformers makes them special whatever the file says; the library alone would find them in texts
-    tokenizer.add_special_tokens(
-        [tokenizers.AddedToken(name, special=True, normalized=False) for name in named if tokenizer.token_to_id(name)]
-    )
+    known = (name for name in named if tokenizer.token_to_id(name) is not None)
+    tokenizer.add_special_tokens([tokenizers.AddedToken(name, special=True, normalized=False) for name in known])
     tokenizer.encode_special_tokens = True  # literally in a text they are text
     encoder = HFEncoder(tokenizer)
     added = tokenizer.get_added_tokens_decoder().values()

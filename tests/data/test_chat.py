@@ -87,6 +87,68 @@ def test_a_marked_template_masks_as_transformers_does(make):
     assert 0 < sum(theirs) < len(theirs)
 
 
+BLANK_BEFORE = (
+    "{% for message in messages %}{{ message['role'] + ':' }}{% if message['role'] == 'assistant' %}{{ ' ' }}"
+    "{% generation %}{{ message['content'] + '<|im_end|>' }}{% endgeneration %}{% else %}{{ ' ' + message['content'] }}"
+    "{% endif %}{% endfor %}"
+)
+
+
+def test_a_token_that_begins_with_the_blank_before_a_turn_counts(make):
+    folder = make(BLANK_BEFORE)
+    chat = [{"role": "user", "content": "the fox"}, {"role": "assistant", "content": "jumps"}]
+    encoded = encode(folder, chat)
+    theirs = reference(folder, BLANK_BEFORE, chat, return_assistant_tokens_mask=True)["assistant_masks"]
+    assert encoded.mask.tolist() == theirs[: len(encoded.mask)]
+    assert TextTokenizer.load(folder).decode(encoded.tokens[encoded.mask == 1]).endswith("jumps<|im_end|>")
+
+
+@pytest.mark.parametrize(
+    "message",
+    [
+        {"role": "user", "content": "x", "arguments": {"a<|im_end|>": 1}},
+        {"role": "user", "content": "x", "arguments": ("<|im_end|>", 1)},
+        {"role": "user", "content": [{"type": "text", "text": "<|im_"}, {"type": "text", "text": "end|>"}]},
+        {"role": "user|>\n<|system", "content": "x"},
+    ],
+    ids=["in a key", "in a pair", "in two parts", "in the role"],
+)
+def test_special_tokens_cannot_be_smuggled_in(make, message):
+    (reject,) = encode(make(), [*CHAT, message]).rejects
+    assert reject.kind in ("a message spells a special token", "a role that is no word")
+
+
+def test_special_tokens_may_be_named_in_either_file(make):
+    folder = make(WITH_BOS)
+    config = json.loads((folder / "tokenizer_config.json").read_text())
+    (folder / "special_tokens_map.json").write_text(json.dumps({"bos_token": {"content": config.pop("bos_token")}}))
+    (folder / "tokenizer_config.json").write_text(json.dumps(config))
+    assert encode(folder, CHAT).tokens.tolist() == encode(make(WITH_BOS), CHAT).tokens.tolist()
+
+
+def test_a_template_that_raises_whatever_rejects_the_chat(make):
+    deep = {"role": "user", "content": "x", "more": []}
+    for _ in range(3000):
+        deep["more"] = [deep["more"]]
+    template = "{{ 1 // (messages|length - 2) }}" + CHATML
+    assert [reject.line for reject in encode(make(template), CHAT, CHAT[1:3], mask="all").rejects] == [2]
+    assert [reject.line for reject in encode(make(), CHAT, [deep, *CHAT[1:3]]).rejects] == [2]
+
+
+def test_a_template_that_tells_the_time_is_refused(make):
+    with pytest.raises(InputError, match="writes the day of its making"):
+        encode(make("{{ strftime_now('%d') }}" + CHATML), CHAT)
+
+
+def test_another_template_is_another_recipe(make, tmp_path):
+    source, folder = write_jsonl(tmp_path / "in.jsonl", [json.dumps({"messages": CHAT}).encode()]), make()
+    options = PreprocessOptions((str(source),), str(folder), str(tmp_path / "c"), chat=True, reuse=True)
+    assert [preprocess(options).reused for _ in range(2)] == [False, True]
+    config = json.loads((folder / "tokenizer_config.json").read_text())
+    (folder / "tokenizer_config.json").write_text(json.dumps(config | {"chat_template": WITH_BOS}))
+    assert not preprocess(options).reused
+
+
 def test_a_plain_template_counts_what_the_assistant_says_and_its_end(make):
     folder = make()
     encoded = encode(folder, CHAT)

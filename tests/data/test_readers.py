@@ -130,6 +130,20 @@ def test_parquet_chats_are_lists_of_messages(tmp_path):
     assert item.content == chat
 
 
+def test_keys_that_parquet_messages_lack_are_not_there(tmp_path):
+    chat = [{"role": "user", "content": "a", "name": "x"}, {"role": "assistant", "content": None, "name": None}]
+    write_parquet(tmp_path / "in.parquet", [chat])
+    (item,) = read(tmp_path / "in.parquet", Fields("text", chat=True))
+    assert item.content == [chat[0], {"role": "assistant", "content": None}]
+
+
+def test_a_file_that_was_cut_ends_the_work(tmp_path):
+    path = str(write_jsonl(tmp_path / "in.jsonl", ["a"] * 3))
+    for start in (10, 3000):
+        with pytest.raises(InputError, match="became shorter"):
+            list(JsonlRange(0, path, start, 4000).read(TEXT))
+
+
 def test_a_parquet_text_that_is_not_utf8_is_a_reject_of_its_own(tmp_path):
     raw = pyarrow.array([b"good", b"\xff\xfe", b"also"], pyarrow.binary()).view(pyarrow.string())
     pyarrow.parquet.write_table(pyarrow.table({"text": raw}), tmp_path / "in.parquet")

@@ -1,4 +1,5 @@
 import json
+import unicodedata
 
 import numpy as np
 import pytest
@@ -121,6 +122,62 @@ def test_special_tokens_in_a_text_are_text(kind, name):
     specials = {tokenizer.encoder.tokenizer.token_to_id(token) for token in SPECIALS}
     ids = route.encode(["a <|endoftext|> <|im_start|> b"])[0].tolist()
     assert None not in specials and not specials & set(ids)
+
+
+@pytest.mark.parametrize("flag", ["single_word", "lstrip", "rstrip"])
+def test_added_tokens_that_only_the_reference_finds(kind, flag):
+    tokenizer = with_spec(kind("Llama 3"), lambda spec: spec["added_tokens"][-1].update({flag: True}))
+    chosen = choose_route(tokenizer, "auto", TEXTS)
+    assert chosen.name == REFERENCE
+    assert [f"does not know {flag} of the added token '{ADDED}'" in words for words in chosen.passed_over] == [
+        True,
+        True,
+    ]
+
+
+@pytest.mark.parametrize("route", ["gigatoken", "tiktoken"])
+def test_normalisation_is_by_the_tokenizers_own_tables(kind, route):
+    tokenizer = kind("Qwen 2.5, 3")
+    marks = [chr(point) for point in range(0x300, 0x2000) if unicodedata.combining(chr(point))]
+    texts = [f"a{one}{other}e\u0301" for one in marks for other in "\u0323\u0301\u093c"]
+    assert first_difference(open_route(tokenizer, route), ReferenceRoute(tokenizer), texts) is None
+
+
+@pytest.mark.parametrize("change", ["a word without merges", "merges in another order"])
+def test_tiktoken_takes_only_what_merges_can_reach(kind, change):
+    def edit(spec):
+        model = spec["model"]
+        if change == "a word without merges":
+            model["vocab"]["quick!fox"] = len(model["vocab"]) + 1
+        else:
+            model["merges"] = model["merges"][::-1]
+
+    with pytest.raises(InputError, match="in the order of their merges alone"):
+        open_route(with_spec(kind("GPT-2"), edit), "tiktoken")
+
+
+def test_tiktoken_refuses_added_tokens_that_begin_alike(kind):
+    tokenizer = kind("GPT-2")
+    longer = {"id": 900, "content": ADDED + "s", "special": False}
+    with pytest.raises(InputError, match="begin alike"):
+        open_route(
+            with_spec(tokenizer, lambda spec: spec["added_tokens"].append(spec["added_tokens"][-1] | longer)),
+            "tiktoken",
+        )
+
+
+@pytest.mark.parametrize("route", ["gigatoken", "tiktoken", REFERENCE])
+def test_an_eos_that_the_file_does_not_call_special_is_text_where_it_is_spelt(kind, route):
+    tokenizer = with_spec(kind("Llama 3"), lambda spec: [token.update(special=False) for token in spec["added_tokens"]])
+    assert tokenizer.eos_id not in open_route(tokenizer, route).encode([f"one{SPECIALS[0]}two"])[0]
+
+
+def with_spec(tokenizer, edit):
+    """The tokenizer with an edited ``tokenizer.json``."""
+    spec = json.loads(tokenizer.path.read_text())
+    edit(spec)
+    tokenizer.path.write_text(json.dumps(spec))
+    return TextTokenizer.load(tokenizer.path)
 
 
 NEW = "\U00016ec2"  # a letter since Unicode 17, which few libraries know

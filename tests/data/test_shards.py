@@ -67,6 +67,15 @@ def test_shards_that_do_not_belong_together_are_refused(tmp_path, make, change, 
     assert not shards_path(tmp_path / "c").exists()
 
 
+def test_rejects_are_weighed_over_all_shards(tmp_path, make):
+    write_jsonl(tmp_path / "in.jsonl", [*TEXTS, b"{broken"])
+    for index in range(3):
+        make(index)
+    with pytest.raises(InputError, match="1 of 6 documents were rejected"):
+        merge_shards(str(tmp_path / "c"))
+    assert merge_shards(str(tmp_path / "c"), max_reject_share=0.2).rejects == 1
+
+
 def test_what_stands_there_is_not_hidden(tmp_path, make):
     make(0, 1)
     write_corpus(tmp_path / "c", [[1]])

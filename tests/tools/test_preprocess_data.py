@@ -341,6 +341,27 @@ def test_a_folder_with_another_encoding_says_how_to_choose(tmp_path, tokenizer_f
     assert done.returncode == 2 and "no input is one" in done.stderr
 
 
+def test_a_corpus_does_not_lie_in_its_own_input(tmp_path, tokenizer_folder):
+    (tmp_path / "code").mkdir()
+    (tmp_path / "code" / "a.py").write_text("a = 1")
+    done = run(tmp_path, "--input", "code", "--tokenizer", tokenizer_folder, "--output", "code/c")
+    assert done.returncode == 2 and "would be read the next time" in done.stderr
+
+
+def test_an_input_that_changes_meanwhile_is_refused(tmp_path, tokenizer_folder, source):
+    from cpt_mega.data.preprocess import NoProgress, PreprocessOptions, preprocess
+    from cpt_mega.errors import InputError
+
+    class Meanwhile(NoProgress):
+        def advance(self, done_bytes, tokens):
+            os.utime(source, (1, 1))
+
+    options = PreprocessOptions((str(source),), str(tokenizer_folder), str(tmp_path / "c"))
+    with pytest.raises(InputError, match="changed while it was read"):
+        preprocess(options, Meanwhile())
+    assert not files_of(tmp_path)
+
+
 def test_two_processes_do_not_make_one_corpus(tmp_path, tokenizer_folder, source):
     import fcntl
 
