@@ -25,7 +25,7 @@ from cpt_mega.errors import InputError
 AUTO, REFERENCE = "auto", "reference"
 GPT2_PATTERN = r"""'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"""
 NFC = {"type": "NFC"}
-LAST_LETTERS, SYMBOLS = 0x34000, range(0x1F000, 0x1FB00)  # code points
+FIRST_NEW, LAST_LETTERS, SYMBOLS = 0x378, 0x34000, range(0x1F000, 0x1FB00)  # code points
 NONCHARACTER = "\ufdd0"  # stands in no text
 # What encoders get wrong first: normalisation, runs of blanks and line ends, digits, joined emoji, marks without a letter,
 # other scripts, private use, NUL, byte order marks, contractions, very long words, special tokens spelt out.
@@ -130,14 +130,16 @@ def _texts_with_new_letters(texts: Sequence[str]) -> list[int]:
     """Indices of the texts that hold one; quick for all the others."""
     others = [index for index, text in enumerate(texts) if not text.isascii()]
     together = np.frombuffer("".join(texts[index] for index in others).encode("utf-16-le"), "<u2")
-    if not _tables().units[together].any():
+    # most letters come before the first new one, and a look into a table costs more than a comparison
+    if not _tables().units[together[together >= FIRST_NEW]].any():
         return []
     return [index for index in others if _tables().letters[_code_points(texts[index])].any()]
 
 
 def _code_points(text: str) -> np.ndarray:
+    """Those of a text that may be new."""
     points = np.frombuffer(text.encode("utf-32-le"), "<u4")
-    return np.minimum(points, LAST_LETTERS)
+    return np.minimum(points[points >= FIRST_NEW], LAST_LETTERS)
 
 
 class _NewLetters(NamedTuple):
@@ -167,7 +169,9 @@ def is_new(letter: str) -> bool:
 
     New symbols are left out: to a pattern they are what characters without a class are.
     """
-    return ord(letter) < LAST_LETTERS and ord(letter) not in SYMBOLS and unicodedata.category(letter) == "Cn"
+    return (
+        FIRST_NEW <= ord(letter) < LAST_LETTERS and ord(letter) not in SYMBOLS and unicodedata.category(letter) == "Cn"
+    )
 
 
 class _Normaliser:
