@@ -11,21 +11,20 @@ import importlib.util
 import unicodedata
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
 from itertools import chain, pairwise
 from pathlib import Path
-from typing import NamedTuple, Protocol
+from typing import Protocol
 
 import numpy as np
 import orjson
 
+from cpt_mega.data.new_letters import texts_with_new_letters
 from cpt_mega.data.tokenizer import HF_FILE, TextTokenizer
 from cpt_mega.errors import InputError
 
 AUTO, REFERENCE = "auto", "reference"
 GPT2_PATTERN = r"""'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"""
 NFC = {"type": "NFC"}
-FIRST_NEW, LAST_LETTERS, SYMBOLS = 0x378, 0x34000, range(0x1F000, 0x1FB00)  # code points
 NONCHARACTER = "\ufdd0"  # stands in no text
 # What encoders get wrong first: normalisation, runs of blanks and line ends, digits, joined emoji, marks without a letter,
 # other scripts, private use, NUL, byte order marks, contractions, very long words, special tokens spelt out.
@@ -117,7 +116,7 @@ class GuardedRoute:
 
     def encode(self, texts: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
         """See Route."""
-        unsure = _texts_with_new_letters(texts)
+        unsure = texts_with_new_letters(texts)
         if not unsure:
             return self.route.encode(texts)
         encoded = [self.route.encode(part) for part in _between(texts, unsure)]
@@ -126,52 +125,9 @@ class GuardedRoute:
         return tuple(np.concatenate(each) for each in zip(*parts, strict=True))
 
 
-def _texts_with_new_letters(texts: Sequence[str]) -> list[int]:
-    """Indices of the texts that hold one; quick for all the others."""
-    others = [index for index, text in enumerate(texts) if not text.isascii()]
-    together = np.frombuffer("".join(texts[index] for index in others).encode("utf-16-le"), "<u2")
-    # most letters come before the first new one, and a look into a table costs more than a comparison
-    if not _tables().units[together[together >= FIRST_NEW]].any():
-        return []
-    return [index for index in others if _tables().letters[_code_points(texts[index])].any()]
-
-
-def _code_points(text: str) -> np.ndarray:
-    """Those of a text that may be new."""
-    points = np.frombuffer(text.encode("utf-32-le"), "<u4")
-    return np.minimum(points[points >= FIRST_NEW], LAST_LETTERS)
-
-
-class _NewLetters(NamedTuple):
-    """Which are new: by code point, up to LAST_LETTERS, which stands for all above; and by UTF-16 unit, where the first of a
-    pair stands for 1024 letters."""
-
-    letters: np.ndarray
-    units: np.ndarray
-
-
-@lru_cache
-def _tables() -> _NewLetters:
-    letters = np.array([is_new(chr(point)) for point in range(LAST_LETTERS + 1)])
-    units = letters[: 1 << 16].copy()
-    beyond = np.flatnonzero(letters[1 << 16 :])
-    units[0xD800 + (beyond >> 10)] = True
-    return _NewLetters(letters, units)
-
-
 def _between(texts: Sequence[str], cuts: Sequence[int]) -> list[Sequence[str]]:
     """The texts before, between and after those of the given indices."""
     return [texts[first + 1 : last] for first, last in zip([-1, *cuts], [*cuts, len(texts)], strict=True)]
-
-
-def is_new(letter: str) -> bool:
-    """Whether a character has no class in Python's own Unicode tables, and may have one in others.
-
-    New symbols are left out: to a pattern they are what characters without a class are.
-    """
-    return (
-        FIRST_NEW <= ord(letter) < LAST_LETTERS and ord(letter) not in SYMBOLS and unicodedata.category(letter) == "Cn"
-    )
 
 
 class _Normaliser:

@@ -7,8 +7,8 @@ import sentencepiece
 from tokenizers import pre_tokenizers
 
 from cpt_mega.data import routes
+from cpt_mega.data.new_letters import LAST_LETTERS, is_new
 from cpt_mega.data.routes import (
-    LAST_LETTERS,
     NASTY,
     REFERENCE,
     ReferenceRoute,
@@ -16,7 +16,6 @@ from cpt_mega.data.routes import (
     _byte_letters,
     choose_route,
     first_difference,
-    is_new,
     open_route,
 )
 from cpt_mega.data.tokenizer import TextTokenizer
