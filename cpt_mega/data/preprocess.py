@@ -157,7 +157,7 @@ def preprocess(options: PreprocessOptions, progress: NoProgress | None = None) -
     plan = _plan(options, tokenizer)
     if options.reuse and (manifest := _standing(options, plan)):
         return PreprocessReport(options.prefix, manifest, {}, [], time.monotonic() - begun, reused=True)
-    folder = _open_folder(options, plan)
+    folder = _open_folder(options, tokenizer, plan)
     encoder, route = _open_encoder(options, tokenizer, plan)
     with folder:
         joiner = Joiner(folder, len(plan.units))
@@ -206,10 +206,10 @@ def _plan(options: PreprocessOptions, tokenizer: TextTokenizer) -> _Plan:
     return _Plan(inputs, units, _recipe(options, tokenizer, inputs, planned))
 
 
-def _open_folder(options: PreprocessOptions, plan: _Plan) -> PartFolder:
+def _open_folder(options: PreprocessOptions, tokenizer: TextTokenizer, plan: _Plan) -> PartFolder:
     """The folder of the parts. Raises InputError when a corpus stands there that is not to be replaced."""
     stamps = [(one.path, one.stamp) for one in plan.inputs]
-    everything = [plan.recipe, stamps, vars(options.fields), options.include]
+    everything = [plan.recipe, sorted(tokenizer.specials), stamps, vars(options.fields), options.include]
     has_mask, has_names = options.loss_mask != ALL, any(one.names for one in plan.inputs)
     folder = PartFolder(options.prefix, everything, np.dtype(plan.recipe["dtype"]), has_mask, has_names)
     if not (options.reuse or options.overwrite or folder.is_begun) and has_corpus(options.prefix):
