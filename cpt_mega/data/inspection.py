@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass
 import numpy as np
 
 from cpt_mega import __version__
-from cpt_mega.data.indexed import IndexedCorpus
+from cpt_mega.data.indexed import IndexedCorpus, documents_path
 from cpt_mega.data.manifest import (
     CorpusManifest,
     changed_sources,
@@ -16,6 +16,7 @@ from cpt_mega.data.manifest import (
     manifest_path,
     parts_digest,
 )
+from cpt_mega.data.rejects import rejects_path
 from cpt_mega.data.tokenizer import TextTokenizer
 from cpt_mega.data.units import plan_units, shard_of, survey
 from cpt_mega.errors import InputError
@@ -91,7 +92,7 @@ def find_problems(corpus: IndexedCorpus, progress: Progress = lambda done, total
         return problems
     problems += damaged_parts(corpus, manifest, progress)
     problems += _wrong_tokens(corpus, manifest.vocab_size, manifest.eos_id, manifest.bos_id)
-    return problems + _changed_sources(manifest)
+    return problems + _missing_files(corpus, manifest) + _changed_sources(manifest)
 
 
 def make_manifest(
@@ -139,6 +140,16 @@ def _wrong_tokens(corpus: IndexedCorpus, vocab_size: int, eos_id: int, bos_id: i
             where = f"the first is document {wrong[0]}"
             problems.append(f"{len(wrong):,} of {corpus.documents:,} documents do not {words} {wanted} ({where})")
     return problems
+
+
+def _missing_files(corpus: IndexedCorpus, manifest: CorpusManifest) -> list[str]:
+    """What stands beside a corpus and is gone: the account of the rejects, and the paths of documents."""
+    expected = [rejects_path] * bool(manifest.rejects)
+    expected += [documents_path] * any("include" in source for source in manifest.sources)
+    missing = [path(shard.prefix) for path in expected for shard in corpus.shards if not path(shard.prefix).exists()]
+    # of shards only those with rejects have a file of them
+    whole = len(corpus.shards) == 1
+    return [f"{path} is missing" for path in missing if whole or path.name.endswith(".documents.jsonl")]
 
 
 def _changed_sources(manifest: CorpusManifest) -> list[str]:

@@ -92,3 +92,15 @@ def test_bos_is_said_when_every_document_begins_with_it(tmp_path, tokenizer_fold
     tokenizer = TextTokenizer.load(tokenizer_folder)
     assert inspection.make_manifest(write_corpus(tmp_path / "a", [[0, 5, 1], [0, 1]]), tokenizer).bos_id == 0
     assert inspection.make_manifest(write_corpus(tmp_path / "b", [[0, 5, 1], [5, 1]]), tokenizer).bos_id is None
+
+
+def test_what_stands_beside_a_corpus_is_missed(tmp_path, tokenizer_folder):
+    for name, content in (("a.py", "a = 1"), ("b.py", "")):
+        (tmp_path / "code").mkdir(exist_ok=True)
+        (tmp_path / "code" / name).write_text(content)
+    preprocess(PreprocessOptions((str(tmp_path / "code"),), str(tokenizer_folder), str(tmp_path / "c")))
+    assert inspection.find_problems(IndexedCorpus(tmp_path / "c")) == []
+    for name in ("c.rejects.jsonl", "c.documents.jsonl"):
+        (tmp_path / name).unlink()
+    expected = [f"{tmp_path / name} is missing" for name in ("c.rejects.jsonl", "c.documents.jsonl")]
+    assert inspection.find_problems(IndexedCorpus(tmp_path / "c")) == expected
