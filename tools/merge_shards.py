@@ -22,10 +22,9 @@ def main() -> None:
     arguments = parser.parse_args()
     prefix = arguments.prefix
     manifest = merge_shards(prefix, arguments.max_reject_share)
-    documents_in = manifest.documents + manifest.rejects
     rows = {
         "shards": f"{len(shard_prefixes(prefix)):,}",
-        "documents in = out + rejects": f"{documents_in:,} = {manifest.documents:,} + {manifest.rejects:,}",
+        "documents in = out + rejects": f"{manifest.documents_in:,} = {manifest.documents:,} + {manifest.rejects:,}",
         "tokens": f"{manifest.tokens:,} as {manifest.dtype}",
         "content": manifest.content_digest,
     }

@@ -16,7 +16,7 @@ except ImportError:
 from rich.console import Console
 from rich.table import Table
 
-from cpt_mega.data.chat import ALL, MASKS
+from cpt_mega.data.manifest import ALL, MASKS
 from cpt_mega.data.preprocess import (
     BOS_POLICIES,
     CHAT_FIELD,
@@ -87,7 +87,7 @@ def show(report: PreprocessReport, console: Console) -> None:
     for name, value in rows.items():
         table.add_row(name, value)
     console.print(table)
-    counts = f"{report.documents_in:,} = {manifest.documents:,} + {manifest.rejects:,}"
+    counts = f"{manifest.documents_in:,} = {manifest.documents:,} + {manifest.rejects:,}"
     console.out(f"documents in = documents out + rejects: {counts}", highlight=False)
     if manifest.shard:
         console.out(

@@ -18,14 +18,13 @@ import tokenizers
 
 from cpt_mega.data.encode import EncodedBatch, check_ids
 from cpt_mega.data.indexed import token_dtype
+from cpt_mega.data.manifest import ALL, ASSISTANT
 from cpt_mega.data.readers import Batch, Document
 from cpt_mega.data.rejects import EMPTY, Reject
 from cpt_mega.data.tokenizer import HF_FILE, TOKENIZER_CONFIGS, TextTokenizer, named_specials, read_config
 from cpt_mega.errors import InputError
 from cpt_mega.lineage import text_digest
 
-ALL, ASSISTANT = "all", "assistant"
-MASKS = (ALL, ASSISTANT)
 TEMPLATE_FILE = "chat_template.jinja"
 _MARKED = re.compile(r"\{%-?\s*generation\s*-?%\}")
 _ROLE = re.compile(r"[\w-]+")
@@ -37,8 +36,8 @@ class ChatDocuments:
     Args:
         tokenizer: whose template and ids they are.
         bos: whether BOS begins every document; one that the template wrote is not doubled.
-        loss_mask: which tokens count as targets, one of MASKS. BOS and an EOS that the template did not write do not
-            count under ``assistant``.
+        loss_mask: which tokens count as targets, one of ``manifest.MASKS``. Under ``assistant`` BOS does not, nor an EOS
+            that the template did not write.
 
     Raises InputError when the tokenizer has no chat template, or is not a ``tokenizer.json``.
     """
@@ -158,16 +157,20 @@ class ChatDocuments:
         )
         return texts[0]
 
-    @property
-    def digest(self) -> str:
-        """Of what makes text of messages: the template, and the special tokens that it may name."""
-        return text_digest(json.dumps([self.template, sorted(self.special_tokens.items())]))
-
     @functools.cached_property
     def _renderer(self):
         from transformers.utils.chat_template_utils import render_jinja_template
 
         return render_jinja_template
+
+
+def template_digest(tokenizer: TextTokenizer) -> str:
+    """SHA-256 of what makes text of messages: the template, and the special tokens that it may name.
+
+    Raises InputError when there is no template, or one whose text depends on the day.
+    """
+    template, special_tokens = _load_template(tokenizer)
+    return text_digest(json.dumps([template, sorted(special_tokens.items())]))
 
 
 def _load_template(tokenizer: TextTokenizer) -> tuple[str, dict[str, str]]:

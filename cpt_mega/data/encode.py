@@ -45,8 +45,6 @@ class EncodedBatch:
 class DocumentEncoder(Protocol):
     """Turns batches of documents into tokens; a process has one."""
 
-    dtype: np.dtype
-
     def __call__(self, batch: Batch) -> EncodedBatch:
         """Raises InputError when the encoder gives ids that are no tokens."""
 

@@ -9,6 +9,8 @@ import numpy as np
 from cpt_mega import __version__
 from cpt_mega.data.indexed import IndexedCorpus, documents_path
 from cpt_mega.data.manifest import (
+    ALL,
+    ASSISTANT,
     CorpusManifest,
     changed_sources,
     damaged_parts,
@@ -124,7 +126,7 @@ def make_manifest(
         parts=[part],
         sources=[],
         tool_version=__version__,
-        loss_mask="assistant" if corpus.has_mask else "all",
+        loss_mask=ASSISTANT if corpus.has_mask else ALL,
     )
 
 
@@ -144,12 +146,12 @@ def _wrong_tokens(corpus: IndexedCorpus, vocab_size: int, eos_id: int, bos_id: i
 
 def _missing_files(corpus: IndexedCorpus, manifest: CorpusManifest) -> list[str]:
     """What stands beside a corpus and is gone: the account of the rejects, and the paths of documents."""
-    expected = [rejects_path] * bool(manifest.rejects)
-    expected += [documents_path] * any("include" in source for source in manifest.sources)
-    missing = [path(shard.prefix) for path in expected for shard in corpus.shards if not path(shard.prefix).exists()]
-    # of shards only those with rejects have a file of them
-    whole = len(corpus.shards) == 1
-    return [f"{path} is missing" for path in missing if whole or path.name.endswith(".documents.jsonl")]
+    prefixes = [shard.prefix for shard in corpus.shards]
+    # which shards had rejects, the manifest of all does not say
+    expected = [rejects_path(prefixes[0])] if manifest.rejects and len(prefixes) == 1 else []
+    if any("include" in source for source in manifest.sources):
+        expected += map(documents_path, prefixes)
+    return [f"{path} is missing" for path in expected if not path.exists()]
 
 
 def _changed_sources(manifest: CorpusManifest) -> list[str]:

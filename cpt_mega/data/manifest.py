@@ -13,6 +13,9 @@ from cpt_mega.data.readers import Unit
 from cpt_mega.errors import InputError
 from cpt_mega.lineage import combined_digest, write_json
 
+ALL, ASSISTANT = "all", "assistant"
+MASKS = (ALL, ASSISTANT)  # which tokens count for the loss as targets
+
 
 @dataclass(frozen=True)
 class CorpusManifest:
@@ -34,7 +37,7 @@ class CorpusManifest:
         tool_version: of this project.
         token_bytes: UTF-8 bytes of the text, for bits per byte; None when it is not known.
         rejects: documents of the sources that are not in the corpus; with ``harmless_rejects`` of them nothing was lost.
-        loss_mask: which tokens count for the loss as targets: ``all``, or ``assistant`` with a mask beside the tokens.
+        loss_mask: one of MASKS; all but ``all`` with a mask beside the tokens.
         chat_digest: of the chat template and the special tokens it names; None where documents were no chats.
         counted_tokens: how many count; None when it is not known.
         shard: ``{"index", "shards", "plan"}`` when this is one of several; the plan is a digest of all units of the inputs.
@@ -54,10 +57,25 @@ class CorpusManifest:
     token_bytes: int | None = None
     rejects: int = 0
     harmless_rejects: int = 0
-    loss_mask: str = "all"
+    loss_mask: str = ALL
     chat_digest: str | None = None
     counted_tokens: int | None = None
     shard: dict | None = None
+
+    @property
+    def documents_in(self) -> int:
+        """Documents of the sources: those of the corpus and the rejects."""
+        return self.documents + self.rejects
+
+    @property
+    def faults(self) -> int:
+        """Rejects with which text was lost."""
+        return self.rejects - self.harmless_rejects
+
+    @property
+    def fault_share(self) -> float:
+        """Faults over documents in; 0 where there are none."""
+        return self.faults / max(self.documents_in, 1)
 
     def write(self, prefix: str | os.PathLike) -> None:
         """Writes the sidecar of ``prefix``, whole or not at all."""
@@ -69,7 +87,7 @@ class CorpusManifest:
             if getattr(self, name) != found:
                 fix = f"the corpus beside it has {found}; remove a manifest of another corpus, or preprocess again"
                 raise InputError(f"{manifest_path(corpus.prefix)} {name}", getattr(self, name), fix)
-        if (self.loss_mask != "all") != corpus.has_mask:
+        if (self.loss_mask != ALL) != corpus.has_mask:
             fix = f"{mask_path(corpus.prefix)} is {'there' if corpus.has_mask else 'missing'}; preprocess again"
             raise InputError(f"{manifest_path(corpus.prefix)} loss_mask", self.loss_mask, fix)
 

@@ -13,10 +13,12 @@ from dataclasses import dataclass
 import numpy as np
 
 from cpt_mega import __version__
-from cpt_mega.data.chat import ALL, MASKS, ChatDocuments
+from cpt_mega.data.chat import ChatDocuments, template_digest
 from cpt_mega.data.encode import DocumentEncoder, TextDocuments
 from cpt_mega.data.indexed import IndexedCorpus, has_corpus, token_dtype
 from cpt_mega.data.manifest import (
+    ALL,
+    MASKS,
     CorpusManifest,
     changed_sources,
     damaged_parts,
@@ -58,7 +60,7 @@ class PreprocessOptions:
         workers: processes that encode; the result does not depend on it.
         field: the key of a record that holds the text or the messages; None: ``text``, for chats ``messages``.
         chat: documents are lists of messages, which the tokenizer's chat template renders.
-        loss_mask: which tokens of a chat count for the loss, one of ``chat.MASKS``.
+        loss_mask: which tokens of a chat count for the loss, one of ``manifest.MASKS``.
         include: patterns of file names that are taken from folders.
         bos: ``auto`` adds BOS if the tokenizer itself does; ``always``; ``never``.
         max_reject_share: rejects over documents in, above which no corpus is written; empty ones and binary files aside.
@@ -130,11 +132,6 @@ class PreprocessReport:
     route: str = REFERENCE
     passed_over: tuple[str, ...] = ()
     taken_up_bytes: int = 0
-
-    @property
-    def documents_in(self) -> int:
-        """Documents of the inputs: those of the corpus and the rejects."""
-        return self.manifest.documents + self.manifest.rejects
 
 
 class NoProgress:
@@ -270,7 +267,7 @@ def _recipe(
         "bos_id": tokenizer.bos_id if bos else None,
         "dtype": token_dtype(tokenizer.vocab_size).name,
         "loss_mask": options.loss_mask,
-        "chat_digest": ChatDocuments(tokenizer, bos, options.loss_mask).digest if options.chat else None,
+        "chat_digest": template_digest(tokenizer) if options.chat else None,
         "tool_version": __version__,
         "shard": shard,
     }
@@ -326,8 +323,7 @@ def _standing(options: PreprocessOptions, plan: _Plan) -> CorpusManifest | None:
         return None  # damaged: made again
     if strip_measures(manifest.sources) != _source_names(options, plan.inputs) or changed_sources(manifest, plan.units):
         return None
-    faults, documents_in = manifest.rejects - manifest.harmless_rejects, manifest.documents + manifest.rejects
-    accepted = faults <= options.max_reject_share * documents_in
+    accepted = manifest.fault_share <= options.max_reject_share
     return manifest if accepted and not damaged_parts(corpus, manifest) else None
 
 
@@ -367,12 +363,10 @@ def _lines_that_begin_before(path: str, place: int) -> int:
 def _check_outcome(
     options: PreprocessOptions, manifest: CorpusManifest, rejects: RejectCounts, folder: PartFolder
 ) -> None:
-    documents_in = manifest.documents + rejects.total
-    faults = rejects.total - rejects.harmless
-    share = faults / max(documents_in, 1)
+    share = manifest.fault_share
     if share > options.max_reject_share and not options.shard:  # of all shards together: merge_shards
         shown = "; ".join(map(str, rejects.first_faults[:SHOWN_FAULTS]))
-        fix = f"{faults} of {documents_in} documents were rejected ({share:.2%}), as {shown}"
+        fix = f"{manifest.faults} of {manifest.documents_in} documents were rejected ({share:.2%}), as {shown}"
         where = f"All are in {folder.joined_file('rejects')}"
         advice = _advice(options, rejects) or "Correct them, or raise the limit and run again: nothing is encoded twice"
         raise InputError("--max-reject-share", options.max_reject_share, f"{fix}. {where}. {advice}")

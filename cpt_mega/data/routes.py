@@ -77,9 +77,9 @@ class GigatokenRoute:
     def __init__(self, tokenizer: TextTokenizer):
         if importlib.util.find_spec("gigatoken") is None:
             raise InputError("--encoder", "gigatoken", "is not installed; pip install gigatoken")
-        is_hf = tokenizer.path.name == HF_FILE
-        self._normalise = _Normaliser(tokenizer)
-        self._spec = _plain_hf(tokenizer) if is_hf else _plain_sentencepiece(tokenizer.path)
+        spec = _spec(tokenizer)
+        self._normalise = _Normaliser(tokenizer, spec)
+        self._spec = _plain_hf(tokenizer, spec) if spec else _plain_sentencepiece(tokenizer.path)
         self._renew()
 
     def encode(self, texts: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
@@ -136,9 +136,8 @@ class _Normaliser:
     A text that is normalised by Python's tables is so by older ones: what they do not know they leave where it is.
     """
 
-    def __init__(self, tokenizer: TextTokenizer):
-        own = _spec(tokenizer).get("normalizer")
-        self._own = tokenizer.encoder.tokenizer.normalizer if own == NFC else None
+    def __init__(self, tokenizer: TextTokenizer, spec: dict):
+        self._own = tokenizer.encoder.tokenizer.normalizer if spec.get("normalizer") == NFC else None
 
     def __call__(self, texts: Sequence[str]) -> list[str]:
         if self._own is None:
@@ -151,6 +150,7 @@ def _is_nfc(text: str) -> bool:
 
 
 def _spec(tokenizer: TextTokenizer) -> dict:
+    """``tokenizer.json``; empty for a SentencePiece model. Megabytes: read once a route, and not kept."""
     return orjson.loads(tokenizer.path.read_bytes()) if tokenizer.path.name == HF_FILE else {}
 
 
@@ -165,9 +165,8 @@ def _plain_added(tokenizer: TextTokenizer, spec: dict, route: str) -> list[dict]
     return added
 
 
-def _plain_hf(tokenizer: TextTokenizer) -> str:
+def _plain_hf(tokenizer: TextTokenizer, spec: dict) -> str:
     """A ``tokenizer.json`` without special tokens, without what puts any around a text, and without NFC."""
-    spec = _spec(tokenizer)
     plain = {"added_tokens": _plain_added(tokenizer, spec, "gigatoken")}
     plain |= dict.fromkeys(("post_processor", "truncation", "padding"))
     plain |= {"normalizer": None} if spec.get("normalizer") == NFC else {}
@@ -201,7 +200,7 @@ class TiktokenRoute:
         pattern = _byte_level_pattern(spec)
         if pattern is None or spec.get("normalizer") not in (None, NFC):
             raise InputError("--encoder", "tiktoken", "takes byte-level BPE alone, as it is or under NFC")
-        self._normalise = _Normaliser(tokenizer)
+        self._normalise = _Normaliser(tokenizer, spec)
         bytes_of = {letter: bytes([byte]) for byte, letter in enumerate(_byte_letters())}
         wanted = {token["content"]: token["id"] for token in _plain_added(tokenizer, spec, "tiktoken")}
         if any(one != other and other.startswith(one) for one in wanted for other in wanted):
@@ -297,8 +296,7 @@ def choose_route(tokenizer: TextTokenizer, wanted: str, sample: Iterable[str]) -
 
 def _around_added(tokenizer: TextTokenizer) -> Iterator[str]:
     """Every added token in a word, alone, twice and in other cases."""
-    for token in _spec(tokenizer).get("added_tokens") or ():
-        word = token["content"]
+    for word in tokenizer.added:
         yield f"a{word}b {word} {word}{word}\n{word.upper()} {word.lower()} {word[:-1]} "
 
 

@@ -43,9 +43,9 @@ def merge_shards(prefix: str, max_reject_share: float = 0.001) -> CorpusManifest
         parts=parts,
         sources=sources,
     )
-    faults, documents_in = merged.rejects - merged.harmless_rejects, merged.documents + merged.rejects
-    if faults > max_reject_share * documents_in:
-        fix = f"{faults} of {documents_in} documents were rejected: see {prefix}.shard-*.rejects.jsonl, or raise the limit"
+    if merged.fault_share > max_reject_share:
+        counts = f"{merged.faults} of {merged.documents_in} documents were rejected"
+        fix = f"{counts}: see {prefix}.shard-*.rejects.jsonl, or raise the limit"
         raise InputError("--max-reject-share", max_reject_share, fix)
     if not merged.documents:
         raise InputError("PREFIX", prefix, "no shard of it holds a document with text")

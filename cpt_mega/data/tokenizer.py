@@ -83,7 +83,8 @@ class TextTokenizer:
         eos_id: ends a document.
         bos_id: begins one; None when the tokenizer has no such token.
         adds_bos: whether the tokenizer itself puts BOS before a text.
-        specials: the special tokens as strings: those that are marked so, and those that the configuration names.
+        added: tokens as strings that are looked for before a text is cut into words.
+        specials: those of them that are special: marked so, or named in the configuration.
     """
 
     path: Path
@@ -93,6 +94,7 @@ class TextTokenizer:
     eos_id: int
     bos_id: int | None
     adds_bos: bool
+    added: tuple[str, ...] = ()
     specials: frozenset[str] = frozenset()
 
     @classmethod
@@ -176,7 +178,7 @@ def _load_hf(cls: type[TextTokenizer], path: Path) -> TextTokenizer:
     tokenizer.add_special_tokens([tokenizers.AddedToken(name, special=True, normalized=False) for name in known])
     tokenizer.encode_special_tokens = True  # literally in a text they are text
     encoder = HFEncoder(tokenizer)
-    added = tokenizer.get_added_tokens_decoder().values()
+    added = [token for _, token in sorted(tokenizer.get_added_tokens_decoder().items())]
     bos_id, eos_id = (_special_id(path.parent, name, tokenizer.token_to_id) for name in ("bos", "eos"))
     with_specials = tokenizer.encode(PROBE_TEXT, add_special_tokens=True).ids
     return cls(
@@ -187,6 +189,7 @@ def _load_hf(cls: type[TextTokenizer], path: Path) -> TextTokenizer:
         eos_id=_required_eos(path, eos_id),
         bos_id=bos_id,
         adds_bos=bos_id is not None and with_specials[:1] == [bos_id],
+        added=tuple(token.content for token in added),
         specials=frozenset(token.content for token in added if token.special),
     )
 

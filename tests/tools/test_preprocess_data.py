@@ -108,7 +108,7 @@ def test_rejects_are_told_apart(tmp_path, tokenizer_folder, line, reason):
     source = write_jsonl(tmp_path / "in.jsonl", ["good", line, b"", b"  ", "good"])
     options = PreprocessOptions((str(source),), str(tokenizer_folder), str(tmp_path / "c"), max_reject_share=0.5)
     report = preprocess(options)
-    assert (report.documents_in, report.manifest.documents) == (3, 2)
+    assert (report.manifest.documents_in, report.manifest.documents) == (3, 2)
     assert report.rejects_by_reason == {reason: 1}
     assert (report.first_rejects[0].path, report.first_rejects[0].line) == (str(source), 2)
 
