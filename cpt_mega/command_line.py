@@ -34,8 +34,9 @@ def print_table(title: str, rows: Mapping[str, object], next_command: str) -> No
     print(f"next: {next_command}")
 
 
-def run_tool(main: Callable[[], None]) -> int:
-    """Runs a tool's body: 0, or an error's own exit code after one line on standard error, or 130 after Ctrl-C."""
+def run_tool(main: Callable[[], None], interrupted: str = "interrupted: nothing was written") -> int:
+    """Runs a tool's body: 0, or an error's own exit code after one line on standard error, or 130 after Ctrl-C, which
+    ``interrupted`` explains."""
     try:
         main()
         return 0
@@ -46,5 +47,5 @@ def run_tool(main: Callable[[], None]) -> int:
         print(f"error: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        print("interrupted: nothing was written", file=sys.stderr)
+        print(interrupted, file=sys.stderr)
         return INTERRUPTED

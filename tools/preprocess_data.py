@@ -16,6 +16,7 @@ except ImportError:
 from rich.console import Console
 from rich.table import Table
 
+from cpt_mega.command_line import run_tool
 from cpt_mega.data.manifest import ALL, MASKS
 from cpt_mega.data.preprocess import (
     BOS_POLICIES,
@@ -29,10 +30,9 @@ from cpt_mega.data.progress import EncodingProgress
 from cpt_mega.data.routes import AUTO, ROUTES
 from cpt_mega.data.sources import source_line
 from cpt_mega.data.units import PLANNERS
-from cpt_mega.errors import InputError
 
 STOPPED = "interrupted; the same command goes on from here"
-INTERRUPTED, TERMINATED = 128 + signal.SIGINT, 128 + signal.SIGTERM
+TERMINATED = 128 + signal.SIGTERM
 
 
 def parse_arguments() -> PreprocessOptions:
@@ -106,25 +106,13 @@ def terminate(*_: object) -> None:
     sys.exit(TERMINATED)
 
 
-def main() -> int:
-    """Runs the tool; returns its exit code."""
+def main() -> None:
     signal.signal(signal.SIGTERM, terminate)
-    try:
-        options = parse_arguments()
-        with EncodingProgress() as progress:
-            report = preprocess(options, progress)
-        show(report, Console())
-    except KeyboardInterrupt:
-        print(STOPPED, file=sys.stderr)
-        return INTERRUPTED
-    except InputError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return error.exit_code
-    except OSError as error:
-        print("error:", InputError("file", error.filename, f"{error.strerror}; give another path"), file=sys.stderr)
-        return InputError.exit_code
-    return 0
+    options = parse_arguments()
+    with EncodingProgress() as progress:
+        report = preprocess(options, progress)
+    show(report, Console())
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(run_tool(main, STOPPED))

@@ -56,6 +56,11 @@ def shards_path(prefix: str | os.PathLike) -> Path:
     return Path(f"{prefix}.shards.json")
 
 
+def parts_path(prefix: str | os.PathLike) -> Path:
+    """``PREFIX.parts``: the folder of a corpus that is being made."""
+    return Path(f"{prefix}.parts")
+
+
 class IndexedCorpus:
     """A memory-mapped corpus; opening it costs the index, reading it costs what is read.
 
@@ -91,7 +96,7 @@ class IndexedCorpus:
         """First and last token of each document, int64 [documents] each; -1 where a document is empty."""
         return tuple(np.concatenate(parts) for parts in zip(*(shard.ends() for shard in self.shards), strict=True))
 
-    def blocks(self, tokens: int = 1 << 22) -> Iterator[np.ndarray]:
+    def blocks(self, tokens: int = BLOCK_TOKENS) -> Iterator[np.ndarray]:
         """All tokens in order, as stored, in blocks of at most so many."""
         for shard in self.shards:
             for start in range(0, shard.tokens, tokens):
@@ -114,7 +119,7 @@ class IndexedCorpus:
         return np.ones(length, np.uint8) if shard.mask is None else np.array(shard.mask[first : first + length])
 
     def digest_part(self, first: int, documents: int) -> str:
-        """``part_digest`` of so many documents from the first on, as they are stored; they may lie in several shards."""
+        """``PartDigest`` of so many documents from the first on, as they are stored; they may lie in several shards."""
         digest, last = PartDigest(), first + documents
         for shard, begin in zip(self.shards, self._first_documents, strict=False):
             low, high = max(first, begin) - begin, min(last, begin + shard.documents) - begin
@@ -231,11 +236,9 @@ def _read_index(prefix: str) -> tuple[np.dtype, np.ndarray, np.ndarray, np.ndarr
     bin_path, idx_path = corpus_files(prefix)
     for path in (bin_path, idx_path):
         if not path.is_file():
-            made = "tools/preprocess_data.py makes it"
-            unfinished = f"it is not finished ({prefix}.parts is there); run the same {made.split()[0]} again"
-            raise InputError(
-                "corpus", str(path), f"no such file; {unfinished if os.path.isdir(f'{prefix}.parts') else made}"
-            )
+            unfinished = f"it is not finished ({parts_path(prefix)} is there); run tools/preprocess_data.py again"
+            fix = unfinished if parts_path(prefix).is_dir() else "tools/preprocess_data.py makes it"
+            raise InputError("corpus", str(path), f"no such file; {fix}")
     dtype, sequences, indices = _read_header(idx_path)
     lengths_at, offsets_at = HEADER.size, HEADER.size + 4 * sequences
     raw = np.memmap(idx_path, np.uint8, "r")

@@ -21,7 +21,15 @@ import numpy as np
 import orjson
 
 from cpt_mega.data.encode import EncodedBatch
-from cpt_mega.data.indexed import BLOCK_TOKENS, PartDigest, corpus_files, documents_path, mask_path, shards_path
+from cpt_mega.data.indexed import (
+    BLOCK_TOKENS,
+    PartDigest,
+    corpus_files,
+    documents_path,
+    mask_path,
+    parts_path,
+    shards_path,
+)
 from cpt_mega.data.indexed_writer import check_lengths, install_corpus, write_index
 from cpt_mega.data.manifest import CorpusManifest, manifest_path
 from cpt_mega.data.rejects import Reject, RejectCounts, reject_line, rejects_path
@@ -72,7 +80,7 @@ class PartFolder:
 
     def __init__(self, prefix: str, recipe: object, dtype: np.dtype, with_mask: bool, with_documents: bool):
         self.prefix, self.dtype = prefix, np.dtype(dtype)
-        self.path = Path(f"{prefix}.parts")
+        self.path = parts_path(prefix)
         self.joined_widths = {TOKENS: self.dtype.itemsize} | ({MASK: 1} if with_mask else {})  # bytes of a token
         self.with_documents = with_documents
         self._recipe = text_digest(json.dumps(recipe, sort_keys=True))

@@ -22,10 +22,10 @@ import orjson
 
 from cpt_mega.data.rejects import BINARY, EXCERPT_CHARACTERS, Reject
 from cpt_mega.errors import InputError
+from cpt_mega.lineage import file_digest
 
-BATCH_BYTES = (
-    2 << 20
-)  # of input, read and encoded at once: what bounds the memory of a process, with its longest document
+# Of input, read and encoded at once: what bounds the memory of a process, with its longest document.
+BATCH_BYTES = 2 << 20
 READ_AHEAD_BYTES = 1 << 18
 SHORTER = "became shorter while it was read; run again"
 LINE_END = ord("\n")
@@ -172,26 +172,23 @@ class CompressedJsonl:
                     counted, line = raw.tell(), line + batch.lines
                     yield batch
         except (OSError, EOFError, zlib.error, *library.errors) as error:
-            raise InputError(
-                "--input",
-                self.path,
-                f"cannot be unpacked ({error}); it is damaged, or of another kind than its name says",
-            ) from error
+            fix = f"cannot be unpacked ({error}); it is damaged, or of another kind than its name says"
+            raise InputError("--input", self.path, fix) from error
 
     def digest(self) -> str:
         """See Unit."""
-        return file_slice_digest(self.path, 0, self.input_bytes)
+        return file_digest(self.path)
 
-    def _library(self) -> "_Packer":
+    def _library(self) -> "_Decompressor":
         if self.path.endswith(".gz"):
-            return _Packer(gzip.open, ())
+            return _Decompressor(gzip.open, ())
         # Not the older zstandard, whose reader takes a file that was cut for a whole one.
         from backports import zstd
 
-        return _Packer(zstd.open, (zstd.ZstdError,))
+        return _Decompressor(zstd.open, (zstd.ZstdError,))
 
 
-class _Packer(NamedTuple):
+class _Decompressor(NamedTuple):
     open: Callable[[BinaryIO], io.BufferedIOBase]
     errors: tuple[type[Exception], ...]
 
@@ -277,8 +274,7 @@ class FileGroup:
         """SHA-256 over the files' names and contents."""
         total = hashlib.sha256()
         for name in self.names:
-            path = os.path.join(self.path, name)
-            total.update(f"{file_slice_digest(path, 0, os.path.getsize(path))}  ".encode() + os.fsencode(name) + b"\n")
+            total.update(f"{file_digest(os.path.join(self.path, name))}  ".encode() + os.fsencode(name) + b"\n")
         return total.hexdigest()
 
 

@@ -25,12 +25,14 @@ class Input:
     Attributes:
         path: absolute.
         names: of the files of a folder, relative, sorted; empty for a file.
+        sizes: bytes of each of them.
         bytes: in all.
         stamp: changes when a file is added, removed, resized or written to.
     """
 
     path: str
     names: tuple[str, ...]
+    sizes: tuple[int, ...]
     bytes: int
     stamp: str
 
@@ -64,19 +66,19 @@ def _survey_file(path: str) -> Input:
         fix = f"give files that end in one of {', '.join(PLANNERS)}, or a folder, whose files are one document each"
         raise InputError("--input", path, fix)
     found = os.stat(path)
-    return Input(os.path.abspath(path), (), found.st_size, f"{found.st_size} {found.st_mtime_ns}")
+    return Input(os.path.abspath(path), (), (), found.st_size, f"{found.st_size} {found.st_mtime_ns}")
 
 
 def _survey_folder(path: str, include: Sequence[str]) -> Input:
-    names, total, stamp = [], 0, hashlib.sha256()
+    names, sizes, stamp = [], [], hashlib.sha256()
     for name, found in sorted(_files_below(path)):
         if any(fnmatch.fnmatch(os.path.basename(name), pattern) for pattern in include):
             names.append(name)
-            total += found.st_size
+            sizes.append(found.st_size)
             stamp.update(f"{found.st_size} {found.st_mtime_ns} ".encode() + os.fsencode(name) + b"\n")
     if not names:
         raise InputError("--input", path, f"the folder holds no file that matches {' '.join(include)}")
-    return Input(os.path.abspath(path), tuple(names), total, stamp.hexdigest())
+    return Input(os.path.abspath(path), tuple(names), tuple(sizes), sum(sizes), stamp.hexdigest())
 
 
 def _files_below(folder: str) -> Iterator[tuple[str, os.stat_result]]:
@@ -119,9 +121,9 @@ def _plan_parquet(source: int, one: Input, unit_bytes: int) -> Iterator[Unit]:
 
 def _plan_folder(source: int, one: Input, unit_bytes: int) -> Iterator[Unit]:
     names, size = [], 0
-    for name in one.names:
+    for name, bytes_of_it in zip(one.names, one.sizes, strict=True):
         names.append(name)
-        size += os.path.getsize(os.path.join(one.path, name))
+        size += bytes_of_it
         if size >= unit_bytes or len(names) == MOST_FILES or name == one.names[-1]:
             yield FileGroup(source, one.path, tuple(names), size)
             names, size = [], 0

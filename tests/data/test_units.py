@@ -52,7 +52,7 @@ def test_a_stamp_changes_with_what_is_written(inputs, tmp_path):
 
 def test_units_are_neither_too_many_nor_too_large():
     def count(size):
-        return len(plan_units([units.Input("/x/a.jsonl", (), size, "")]))
+        return len(plan_units([units.Input("/x/a.jsonl", (), (), size, "")]))
 
     assert count(1) == 1 and count(10 << 20) == 10 and count(1 << 30) == 64 and count(1 << 40) == 32768
 

@@ -10,7 +10,6 @@ import hashlib
 import json
 import os
 import platform
-import shutil
 import subprocess
 import sys
 import tempfile
@@ -54,13 +53,8 @@ def main() -> int:
     parser.add_argument("--kinds", action="store_true", help="only the table of kinds of tokenizers")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write what was measured, with versions")
     options = parser.parse_args()
-    folder = Path(tempfile.mkdtemp(prefix="cpt_mega_tokenise_"))
-    try:
-        return measure(options, folder)
-    except KeyboardInterrupt:
-        return 130
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
+    with tempfile.TemporaryDirectory(prefix="cpt_mega_tokenise_") as folder:
+        return measure(options, Path(folder))
 
 
 def measure(options: argparse.Namespace, folder: Path) -> int:
@@ -234,4 +228,7 @@ def kinds_table(kinds: list[dict]) -> Table:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    try:
+        sys.exit(main())
+    except KeyboardInterrupt:
+        sys.exit(130)
