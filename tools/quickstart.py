@@ -187,82 +187,66 @@ Everything is left in {dir}. Ctrl-C is safe; the same command continues."""
 
 def plan(folder: Path) -> list[Step]:
     """The steps. Up to the base model they make what a user already has; from there on they are what a user types."""
-    python, d = sys.executable, str(folder)
-    tool = {
-        name: [python, str(ROOT / "tools" / f"{name}.py")]
-        for name in ("preprocess_data", "import_hf", "export_hf", "quickstart")
-    }
-    launch = ["bash", str(ROOT / "launch" / "torchrun.sh")]
-    score = [python, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "cpt_mega.score"]
+    kinds = _Steps(folder)
+    return [*_steps_to_base(kinds), *_steps_from_base(kinds)]
 
-    def corpus(name: str) -> Step:
-        command = [
-            "--input",
-            f"{d}/data/{name}.jsonl",
-            "--tokenizer",
-            f"{d}/work/hf_random",
-            "--output",
-            f"{d}/data/{name}",
-        ]
+
+class _Steps:
+    """Steps of the kinds that come several times, in DIR."""
+
+    def __init__(self, folder: Path):
+        self.d = str(folder)
+
+    def corpus(self, name: str) -> Step:
+        """Text to tokens."""
+        words = ["--input", f"{self.d}/data/{name}.jsonl", "--tokenizer", f"{self.d}/work/hf_random"]
+        words += ["--output", f"{self.d}/data/{name}", "--workers", "2"]
         outputs = tuple(f"data/{name}.{end}" for end in ("bin", "idx", "manifest.json"))
-        return Step(
-            f"preprocess-{name}", f"Tokenise {name}", [*tool["preprocess_data"], *command, "--workers", "2"], outputs
-        )
+        return Step(f"preprocess-{name}", f"Tokenise {name}", [*_tool("preprocess_data"), *words], outputs)
 
-    def convert(name: str, title: str, direction: str, source: str, target: str) -> Step:
-        words = ["--hf", f"{d}/{source}"] if direction == "import_hf" else ["--checkpoint", f"{d}/{source}"]
-        return Step(name, title, [*tool[direction], *words, "--output", f"{d}/{target}"], (target,))
+    def convert(self, name: str, title: str, direction: str, source: str, target: str) -> Step:
+        """A checkpoint in (``import_hf``) or out (``export_hf``)."""
+        option = "--hf" if direction == "import_hf" else "--checkpoint"
+        words = [option, f"{self.d}/{source}", "--output", f"{self.d}/{target}"]
+        return Step(name, title, [*_tool(direction), *words], (target,))
 
+    def train(self, name: str, title: str, output: str, *environment: str) -> Step:
+        """A run of ``NAME.yaml``."""
+        words = [*environment, "bash", str(ROOT / "launch" / "torchrun.sh"), f"{self.d}/{name}.yaml"]
+        return Step(name, title, words, (output,), True)
+
+    def own(self, name: str, title: str, output: str) -> Step:
+        """Done by this script itself."""
+        return Step(name, title, [*_tool("quickstart"), self.d, "--only", name], (output,))
+
+
+def _tool(name: str) -> list[str]:
+    return [sys.executable, str(ROOT / "tools" / f"{name}.py")]
+
+
+def _steps_to_base(kinds: _Steps) -> list[Step]:
     return [
-        Step("texts", "Gather two corpora from this machine", [*tool["quickstart"], d, "--only", "texts"], ("data",)),
-        Step(
-            "model",
-            "Train a tokenizer, make a random small Llama",
-            [*tool["quickstart"], d, "--only", "model"],
-            ("work/hf_random",),
-        ),
-        *map(corpus, ("replay", "general.heldout")),
-        convert("import-random", "Import the random model", "import_hf", "work/hf_random", "work/random"),
-        Step(
-            "pretrain",
-            "Pretrain it on general text: the base model",
-            ["env", "NPROC=2", *launch, f"{d}/pretrain.yaml"],
-            ("pretrain",),
-            True,
-        ),
-        convert("export-base", "Export the base model", "export_hf", "pretrain", "base"),
-        *map(corpus, ("domain", "domain.heldout")),
-        convert("import-base", "Import the base model", "import_hf", "base", "import"),
-        Step(
-            "train",
-            "Continue pretraining on code (TP 2, sequence parallel, 20 % replay)",
-            [*launch, f"{d}/train.yaml"],
-            ("run",),
-            True,
-        ),
-        convert("export", "Export the result", "export_hf", "run", "export"),
-        Step(
-            "score",
-            "Score held-out rows with the trainer's own forward pass",
-            [
-                *score,
-                "--checkpoint",
-                f"{d}/run",
-                "--input",
-                f"{d}/data/rows.jsonl",
-                "--output",
-                f"{d}/work/scores.jsonl",
-                "parallel.tp=2",
-                "parallel.sp=true",
-            ],
-            ("work/scores.jsonl",),
-        ),
-        Step(
-            "compare",
-            "Compare with transformers",
-            [*tool["quickstart"], d, "--only", "compare"],
-            ("work/comparison.json",),
-        ),
+        kinds.own("texts", "Gather two corpora from this machine", "data"),
+        kinds.own("model", "Train a tokenizer, make a random small Llama", "work/hf_random"),
+        *map(kinds.corpus, ("replay", "general.heldout")),
+        kinds.convert("import-random", "Import the random model", "import_hf", "work/hf_random", "work/random"),
+        kinds.train("pretrain", "Pretrain it on general text: the base model", "pretrain", "env", "NPROC=2"),
+        kinds.convert("export-base", "Export the base model", "export_hf", "pretrain", "base"),
+    ]
+
+
+def _steps_from_base(kinds: _Steps) -> list[Step]:
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    files = ["--checkpoint", f"{kinds.d}/run", "--input", f"{kinds.d}/data/rows.jsonl"]
+    files += ["--output", f"{kinds.d}/work/scores.jsonl"]
+    score = [*launch, "-m", "cpt_mega.score", *files, "parallel.tp=2", "parallel.sp=true"]
+    return [
+        *map(kinds.corpus, ("domain", "domain.heldout")),
+        kinds.convert("import-base", "Import the base model", "import_hf", "base", "import"),
+        kinds.train("train", "Continue pretraining on code (TP 2, sequence parallel, 20 % replay)", "run"),
+        kinds.convert("export", "Export the result", "export_hf", "run", "export"),
+        Step("score", "Score held-out rows with the trainer's own forward pass", score, ("work/scores.jsonl",)),
+        kinds.own("compare", "Compare with transformers", "work/comparison.json"),
     ]
 
 
