@@ -11,7 +11,6 @@ import json
 import os
 import shutil
 from collections.abc import Iterable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, replace
 from itertools import chain
 from pathlib import Path
@@ -20,6 +19,7 @@ from typing import BinaryIO
 import numpy as np
 import orjson
 
+from cpt_mega.data.appending import AppendedFile
 from cpt_mega.data.encode import EncodedBatch
 from cpt_mega.data.indexed import (
     BLOCK_TOKENS,
@@ -36,8 +36,6 @@ from cpt_mega.data.rejects import Reject, RejectCounts, reject_line, rejects_pat
 from cpt_mega.errors import InputError
 from cpt_mega.lineage import text_digest, write_json
 
-COPY_BYTES = 1 << 30
-SYNC_TOKENS = 32 << 20
 LOCK, RECIPE = "lock", "recipe.json"
 SPARE = "spare"
 TOKENS, MASK, LENGTHS, DOCUMENTS, REJECTS = "tokens", "mask", "lengths", "documents", "rejects"
@@ -184,15 +182,9 @@ class PartFolder:
         files = {kind: self._file(part, kind) for kind in kinds}
         return all(path.exists() and path.stat().st_size == report.sizes[kind] for kind, path in files.items())
 
-    def append(self, part: int, kind: str, target: Path) -> None:
-        """Appends a part's file of a kind to another, inside the kernel."""
-        # sendfile refuses a file opened for appending
-        target.touch()
-        with open(self._file(part, kind), "rb") as source, open(target, "r+b") as stream:
-            stream.seek(0, os.SEEK_END)
-            left, at = os.fstat(source.fileno()).st_size, 0
-            while at < left:
-                at += os.sendfile(stream.fileno(), source.fileno(), at, min(COPY_BYTES, left - at))
+    def append(self, part: int, kind: str, target: AppendedFile) -> None:
+        """Appends a part's file of a kind."""
+        target.append(self._file(part, kind))
 
     def release(self, part: int) -> None:
         """Frees the files of what has been appended; the tokens last, as they say that all was."""
@@ -265,8 +257,15 @@ class Joiner:
     def __init__(self, folder: PartFolder, parts: int):
         self.folder, self.parts = folder, parts
         self.reports: list[PartReport] = []
-        self._background, self._syncing, self._unsynced = ThreadPoolExecutor(1), None, 0
+        self._joined: dict[str, AppendedFile] = {}
         self._recover()
+
+    def __enter__(self) -> "Joiner":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for file in self._joined.values():
+            file.close()
 
     def to_do(self) -> list[int]:
         """Parts that are not complete."""
@@ -274,32 +273,25 @@ class Joiner:
         return [part for part in later if self.folder.report(part) is None]
 
     def join_ready(self) -> None:
-        """Appends every part that is complete and next.
-
-        What has been appended is sent to the disk meanwhile: otherwise all would wait for it at the end.
-        """
+        """Appends every part that is complete and next."""
         while len(self.reports) < self.parts and (report := self.folder.report(len(self.reports))):
             part = len(self.reports)
-            for kind in self.folder.joined_widths:
-                self.folder.append(part, kind, self.folder.joined_file(kind))
+            for kind, target in self._joined.items():
+                self.folder.append(part, kind, target)
             self.folder.release(part)
             self.reports.append(report)
-            self._unsynced += report.tokens
-        if self._unsynced > SYNC_TOKENS and (self._syncing is None or self._syncing.done()):
-            self._unsynced = 0
-            self._syncing = self._background.submit(_to_disk, self.folder.joined_file(TOKENS))
 
     def install(self, manifest: CorpusManifest) -> None:
         """Puts the corpus where it belongs and removes the folder; until the new one is whole the old one stands."""
-        self._background.shutdown()
         folder, prefix = self.folder, self.folder.prefix
         index = folder.path / "all.idx"
         with open(index, "wb") as stream:
             write_index(stream, folder.dtype, lambda: chain.from_iterable(map(folder.lengths, range(self.parts))))
         if folder.with_documents:
             self._join_anew(DOCUMENTS)
-        for kind in (*folder.joined_widths, "idx"):
-            _to_disk(folder.joined_file(kind))
+        for target in self._joined.values():
+            target.finish()
+        _to_disk(index)
         # The index first: without one there is no corpus, and nothing is taken for a part of the old one.
         corpus_files(prefix)[1].unlink(missing_ok=True)
         manifest_path(prefix).unlink(missing_ok=True)
@@ -331,10 +323,10 @@ class Joiner:
         return counts
 
     def _join_anew(self, kind: str) -> None:
-        target = self.folder.joined_file(kind)
-        target.unlink(missing_ok=True)
-        for part in range(self.parts):
-            self.folder.append(part, kind, target)
+        with contextlib.closing(AppendedFile(self.folder.joined_file(kind), 0)) as target:
+            for part in range(self.parts):
+                self.folder.append(part, kind, target)
+            target.finish()
 
     def _recover(self) -> None:
         """Takes up what an earlier process joined, as far as it is all there; cuts off what it had not finished."""
@@ -348,8 +340,8 @@ class Joiner:
         for part in range(len(self.reports), self.parts):
             folder.forget_unless_whole(part)
         for kind, width in folder.joined_widths.items():
-            with open(folder.joined_file(kind), "ab") as stream:
-                stream.truncate(sum(report.tokens for report in self.reports) * width)
+            size = sum(report.tokens for report in self.reports) * width
+            self._joined[kind] = AppendedFile(folder.joined_file(kind), size)
 
 
 def _covered(reports: Sequence[PartReport], folder: PartFolder) -> int:
@@ -366,4 +358,3 @@ def _size(path: Path) -> int:
 def _to_disk(path: Path) -> None:
     with open(path, "rb") as stream:
         os.fsync(stream.fileno())
-    os.chmod(path, 0o644)

@@ -156,8 +156,7 @@ def preprocess(options: PreprocessOptions, progress: NoProgress | None = None) -
         return PreprocessReport(options.prefix, manifest, {}, [], time.monotonic() - begun, reused=True)
     folder = _open_folder(options, tokenizer, plan)
     encoder, route = _open_encoder(options, tokenizer, plan)
-    with folder:
-        joiner = Joiner(folder, len(plan.units))
+    with folder, Joiner(folder, len(plan.units)) as joiner:
         work = UnitEncoder(encoder, options.fields, folder, plan.units)
         taken_up_bytes = _encode_all(work, joiner, options.workers, progress or NoProgress())
         rejects = joiner.collect_rejects(_lines_before(plan.units, joiner.reports))

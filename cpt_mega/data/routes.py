@@ -7,9 +7,11 @@ letters that libraries may class differently (``GuardedRoute``) never go by it. 
 a line in ``ROUTES``.
 """
 
+import gc
 import importlib.util
 import unicodedata
 from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import chain, pairwise
 from pathlib import Path
@@ -151,7 +153,15 @@ def _is_nfc(text: str) -> bool:
 
 def _spec(tokenizer: TextTokenizer) -> dict:
     """``tokenizer.json``; empty for a SentencePiece model. Megabytes: read once a route, and not kept."""
-    return orjson.loads(tokenizer.path.read_bytes()) if tokenizer.path.name == HF_FILE else {}
+    if tokenizer.path.name != HF_FILE:
+        return {}
+    was_on = gc.isenabled()
+    gc.disable()  # it would go through the merges, half a million lists, again and again: 0.1 s
+    try:
+        return orjson.loads(tokenizer.path.read_bytes())
+    finally:
+        if was_on:
+            gc.enable()
 
 
 def _plain_added(tokenizer: TextTokenizer, spec: dict, route: str) -> list[dict]:
@@ -280,17 +290,19 @@ def choose_route(tokenizer: TextTokenizer, wanted: str, sample: Iterable[str]) -
     if wanted == REFERENCE:
         return ChosenRoute(REFERENCE, reference, passed_over)
     texts = [*NASTY, *_around_added(tokenizer), *sample]
-    for name in [name for name in ROUTES if name != REFERENCE] if wanted == AUTO else [wanted]:
-        try:
-            route = open_route(tokenizer, name)
-            problem = first_difference(route, reference, texts)
-        except InputError as error:
-            problem = error.fix
-        if problem is None:
-            return ChosenRoute(name, GuardedRoute(route, reference), passed_over)
-        if wanted != AUTO:
-            raise InputError("--encoder", wanted, problem)
-        passed_over.append(f"{name}: {problem}")
+    with ThreadPoolExecutor(1) as background:  # its library works without Python's lock, while the route is opened
+        expected = background.submit(reference.encode, texts)
+        for name in [name for name in ROUTES if name != REFERENCE] if wanted == AUTO else [wanted]:
+            try:
+                route = open_route(tokenizer, name)
+                problem = first_difference(route, reference, texts, expected.result())
+            except InputError as error:
+                problem = error.fix
+            if problem is None:
+                return ChosenRoute(name, GuardedRoute(route, reference), passed_over)
+            if wanted != AUTO:
+                raise InputError("--encoder", wanted, problem)
+            passed_over.append(f"{name}: {problem}")
     return ChosenRoute(REFERENCE, reference, passed_over)
 
 
@@ -305,10 +317,15 @@ def open_route(tokenizer: TextTokenizer, name: str) -> Route:
     return ROUTES[name](tokenizer)
 
 
-def first_difference(route: Route, reference: Route, texts: Sequence[str]) -> str | None:
-    """A sentence about the first text whose ids are not the reference's; None when there is none."""
-    found, expected = route.encode(texts), reference.encode(texts)
-    if all(np.array_equal(a, b) for a, b in zip(found, expected, strict=True)):
+def first_difference(
+    route: Route, reference: Route, texts: Sequence[str], expected: tuple[np.ndarray, np.ndarray] | None = None
+) -> str | None:
+    """A sentence about the first text whose ids are not the reference's; None when there is none.
+
+    ``expected`` is what the reference gives for the texts, where it has been asked before.
+    """
+    expected = expected or reference.encode(texts)
+    if all(np.array_equal(a, b) for a, b in zip(route.encode(texts), expected, strict=True)):
         return None
     for text in texts:
         ids, theirs = route.encode([text])[0].tolist(), reference.encode([text])[0].tolist()

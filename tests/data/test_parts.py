@@ -33,16 +33,18 @@ def write(folder, part, finish=True):
 
 def finish(folder):
     """What a process does that finds the folder as it is: makes what is missing, and the corpus."""
-    joiner = Joiner(folder, PARTS)
-    made = joiner.to_do()
-    for part in made:
-        write(folder, part)
-    joiner.join_ready()
-    counts = joiner.collect_rejects([0, 100, 200, 300])
-    assert [reject.line for reject in counts.first] == [101, 301]
-    tokens, documents = (sum(getattr(report, name) for report in joiner.reports) for name in ("tokens", "documents"))
-    manifest = CorpusManifest("t", 9, 1, None, "uint16", documents, tokens, "c", [], [], "0", loss_mask="assistant")
-    joiner.install(manifest)
+    with Joiner(folder, PARTS) as joiner:
+        made = joiner.to_do()
+        for part in made:
+            write(folder, part)
+        joiner.join_ready()
+        counts = joiner.collect_rejects([0, 100, 200, 300])
+        assert [reject.line for reject in counts.first] == [101, 301]
+        tokens, documents = (
+            sum(getattr(report, name) for report in joiner.reports) for name in ("tokens", "documents")
+        )
+        manifest = CorpusManifest("t", 9, 1, None, "uint16", documents, tokens, "c", [], [], "0", loss_mask="assistant")
+        joiner.install(manifest)
     return made
 
 
@@ -61,9 +63,9 @@ def check(tmp_path):
 def join_two(folder):
     for part in (0, 1, 3):
         write(folder, part)
-    joiner = Joiner(folder, PARTS)
-    joiner.join_ready()
-    assert len(joiner.reports) == 2 and joiner.to_do() == [2]
+    with Joiner(folder, PARTS) as joiner:
+        joiner.join_ready()
+        assert len(joiner.reports) == 2 and joiner.to_do() == [2]
 
 
 def crash_while_appending(folder):
@@ -79,7 +81,8 @@ def crash_while_removing(folder):
     join_two(folder)
     write(folder, 2)
     for kind in ("tokens", "mask"):
-        folder.append(2, kind, folder.joined_file(kind))
+        with open(folder.joined_file(kind), "ab") as stream:
+            stream.write(folder._file(2, kind).read_bytes())
     folder._file(2, "mask").unlink()
 
 

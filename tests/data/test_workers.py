@@ -23,14 +23,15 @@ class Unit:
 
     def read(self, fields):
         self.during()
-        yield Batch([], 1, 10)
+        yield Batch([], self.number, 10)
 
     def digest(self):
         return f"{self.number:064d}"
 
 
 def encode(batch):
-    return EncodedBatch(np.arange(3, dtype=np.int32), np.array([3]), None, [], 3, [], batch.lines, batch.input_bytes)
+    tokens = np.full(3, batch.lines, np.int32)
+    return EncodedBatch(tokens, np.array([3]), None, [], 3, [], batch.lines, batch.input_bytes)
 
 
 def work_on(folder, units):
@@ -104,9 +105,10 @@ def state(pid):
 
 def test_what_is_left_is_joined_in_order_whatever_was_made_first(folder):
     work = work_on(folder, list(map(Unit, range(3))))
-    joiner = Joiner(folder, 3)
-    for part, joined in ((2, 0), (0, 1), (1, 3)):
-        work(part)
-        joiner.join_ready()
-        assert len(joiner.reports) == joined
-    assert folder.joined_file("tokens").stat().st_size == 3 * 3 * 4
+    with Joiner(folder, 3) as joiner:
+        for part, joined in ((2, 0), (0, 1), (1, 3)):
+            work(part)
+            joiner.join_ready()
+            assert len(joiner.reports) == joined
+    tokens = np.fromfile(folder.joined_file("tokens"), np.int32)
+    assert tokens[:9].tolist() == [0, 0, 0, 1, 1, 1, 2, 2, 2] and not tokens[9:].any()
