@@ -91,7 +91,7 @@ def plan_restore(config: Config, start: Start, lineage: dict, layout: dict[str, 
     Args:
         config: with ``restore.accept``.
         start: from ``find_start``.
-        lineage: this run's: ``tokenizer_digest``, ``corpora`` by source and ``eval`` by bucket.
+        lineage: this run's: ``tokenizer_digest``, ``packing_version``, ``corpora`` by source and ``eval`` by bucket.
         layout: the fields of ``engine.mesh.Layout`` of this run.
 
     Raises CheckpointError when a full restore finds weights only, and InputError when a field or a corpus differs that a
@@ -197,6 +197,13 @@ def _check_lineage(config: Config, before: dict, now: dict) -> None:
     if before["tokenizer_digest"] != now["tokenizer_digest"]:
         fix = f"the checkpoint was trained with tokenizer {before['tokenizer_digest'][:12]}; use that one, or a new run"
         raise InputError("tokenizer.path", now["tokenizer_digest"][:12], fix)
+    version = before.get("packing_version")
+    if version != now["packing_version"] and now["corpora"] and not _matches("data.packing", config.restore.accept):
+        fix = (
+            f"the checkpoint's rows were packed by version {version}, so cursors mean other rows now; go on with the code that "
+            "wrote it, or accept that some rows may be seen twice or never with restore.accept=[data.packing]"
+        )
+        raise InputError("data.packing", f"version {now['packing_version']}", fix)
     for name, digest in now["corpora"].items():
         if _differs(before["corpora"], now["corpora"], name) and not _matches("data.sources", config.restore.accept):
             fix = (

@@ -56,6 +56,11 @@ def shards_path(prefix: str | os.PathLike) -> Path:
     return Path(f"{prefix}.shards.json")
 
 
+def plans_path(prefix: str | os.PathLike) -> Path:
+    """``PREFIX.plans``: the folder of the packing plans of a large corpus."""
+    return Path(f"{prefix}.plans")
+
+
 def parts_path(prefix: str | os.PathLike) -> Path:
     """``PREFIX.parts``: the folder of a corpus that is being made."""
     return Path(f"{prefix}.parts")

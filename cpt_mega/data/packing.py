@@ -1,19 +1,50 @@
 """Packing documents into rows of the context window: which tokens of which documents stand in which row.
 
 A plan is made once from the documents' lengths alone; it holds no tokens and knows no order of training.
-``best_fit`` is best-fit-decreasing ("Fewer Truncations Improve Language Modeling", arXiv 2404.10830): only documents
-longer than a row are split. ``concat`` is the classic concatenate-and-chunk, which cuts wherever a row ends.
+``best_fit`` splits only documents longer than a row (``best_fit.py``), and lets no row hold many more documents than others
+where the lengths allow it (``spreading.py``). ``concat`` is the classic concatenate-and-chunk, which cuts wherever a row
+ends.
 """
 
-from bisect import bisect_left, insort
-from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
 
 import numpy as np
 
+from cpt_mega.data.best_fit import best_fit_rows, stable_order
+from cpt_mega.data.spreading import spread_small
 from cpt_mega.errors import InputError
+
+PACKING_VERSION = 1  # another one where the same lengths give another plan
+TOKENS_A_DOCUMENT = 128  # a row of so many times n tokens holds at most n documents, where their lengths allow it
+
+
+@dataclass(frozen=True)
+class PlanStatistics:
+    """What packing does to a corpus.
+
+    Attributes:
+        rows: of the plan.
+        tokens, padding: real ones, and room that none takes.
+        documents, split_documents: that stand in rows, and in more than one.
+        documents_a_row, documents_a_row_p99, most_documents: mean, 99th percentile and most in one row; a piece of a
+            document is one.
+    """
+
+    rows: int
+    tokens: int
+    padding: int
+    documents: int
+    split_documents: int
+    documents_a_row: float
+    documents_a_row_p99: int
+    most_documents: int
+
+    @property
+    def fill(self) -> float:
+        """Share of the rows' room that real tokens take; 1.0 for a plan without rows."""
+        return self.tokens / (self.tokens + self.padding) if self.rows else 1.0
 
 
 @dataclass(frozen=True)
@@ -24,6 +55,7 @@ class RowPlan:
         seq_length: tokens a row has room for.
         row_offsets: int64 [rows + 1], into the pieces.
         document, start, length: [pieces], the document of a piece, its first token there, its tokens (all > 0).
+        statistics: of all of it.
     """
 
     seq_length: int
@@ -31,6 +63,7 @@ class RowPlan:
     document: np.ndarray
     start: np.ndarray
     length: np.ndarray
+    statistics: PlanStatistics
 
     @property
     def rows(self) -> int:
@@ -42,22 +75,23 @@ class RowPlan:
         """Real tokens of each row, int64 [rows]."""
         if not self.rows:
             return np.empty(0, np.int64)
-        return np.add.reduceat(self.length.astype(np.int64), self.row_offsets[:-1])
+        return np.add.reduceat(self.length, self.row_offsets[:-1], dtype=np.int64)
 
-    @property
-    def fill(self) -> float:
-        """Share of the rows' room that real tokens take; 1.0 for a plan without rows."""
-        return float(self.row_tokens.sum() / (self.rows * self.seq_length)) if self.rows else 1.0
+    def tokens_of(self, row: int) -> int:
+        """Real tokens of one row."""
+        return int(self.length[self._span(row)].sum())
 
-    @property
-    def split_documents(self) -> int:
-        """Documents in more than one piece."""
-        return int(np.unique(self.document[self.start > 0]).size)
+    def attention_work_of(self, row: int) -> int:
+        """The sum of the squared lengths of a row's documents: what attention within them costs."""
+        return int(np.square(self.length[self._span(row)], dtype=np.int64).sum())
 
     def pieces(self, row: int) -> list[tuple[int, int, int]]:
         """``(document, start, length)`` of each piece of a row, in their order."""
-        span = slice(self.row_offsets[row], self.row_offsets[row + 1])
+        span = self._span(row)
         return list(zip(*(part[span].tolist() for part in (self.document, self.start, self.length)), strict=True))
+
+    def _span(self, row: int) -> slice:
+        return slice(self.row_offsets[row], self.row_offsets[row + 1])
 
 
 def plan_rows(document_lengths: np.ndarray, seq_length: int, method: str = "best_fit") -> RowPlan:
@@ -93,97 +127,69 @@ def _concat(lengths: np.ndarray, seq_length: int) -> RowPlan:
 
 
 def _best_fit(lengths: np.ndarray, seq_length: int) -> RowPlan:
-    whole_rows = lengths // seq_length
-    full_document = np.repeat(np.arange(len(lengths)), whole_rows)
-    nth = np.arange(len(full_document)) - np.repeat(np.cumsum(whole_rows) - whole_rows, whole_rows)
-    rest = lengths - whole_rows * seq_length
-    items = np.flatnonzero(rest)
-    # descending; numpy sorts 16-bit keys by radix, several times faster
-    descending = (seq_length - rest[items]).astype(np.min_scalar_type(seq_length))
-    items = items[np.argsort(descending, kind="stable")]
-    row = _best_fit_rows(rest[items], seq_length)
-    in_row_order = np.argsort(row, kind="stable")
-    items, row = items[in_row_order], row[in_row_order]
+    lengths = _narrow(lengths)  # half the memory, and its pages are what takes time
+    long = np.flatnonzero(lengths >= seq_length)
+    whole_rows = lengths[long] // seq_length
+    rest = lengths.copy()
+    rest[long] -= whole_rows * seq_length
+    full_document = np.repeat(long, whole_rows)
+    full_start = _counted(whole_rows) * seq_length
+    items = np.flatnonzero(rest).astype(np.int32)
+    items = items[stable_order(seq_length - rest[items])]
+    sizes = rest[items]
+    rows = spread_small(sizes, best_fit_rows(sizes, seq_length), seq_length, seq_length // TOKENS_A_DOCUMENT)
+    in_row_order = stable_order(rows)
+    items, sizes = items[in_row_order], sizes[in_row_order]
+    ends = np.cumsum(np.bincount(rows), dtype=np.int64)
     full = len(full_document)
-    packed_offsets = np.flatnonzero(np.diff(row, prepend=-1))
     return _plan(
         seq_length,
-        row_offsets=np.concatenate([np.arange(full), full + packed_offsets, [full + len(items)]]),
-        document=np.concatenate([full_document, items]),
-        start=np.concatenate([nth * seq_length, whole_rows[items] * seq_length]),
-        length=np.concatenate([np.full(full, seq_length), rest[items]]),
+        row_offsets=np.concatenate([np.arange(full + 1), full + ends]),
+        document=_joined(full_document, items),
+        start=_joined(full_start, lengths[items] - sizes),
+        length=_joined(np.full(full, seq_length), sizes),
     )
 
 
-def _best_fit_rows(sizes: np.ndarray, seq_length: int) -> np.ndarray:
-    """The row of each item [items]; sizes come in descending order and fit a row."""
-    if not sizes.size:
-        return np.empty(0, np.int64)
-    run_starts = np.flatnonzero(np.diff(sizes, prepend=-1))
-    counts = np.diff(run_starts, append=len(sizes))
-    open_rows = _OpenRows(seq_length)
-    placed = [open_rows.place(*run) for run in zip(sizes[run_starts].tolist(), counts.tolist(), strict=True)]
-    return np.concatenate(placed)
+def _joined(first: np.ndarray, then: np.ndarray) -> np.ndarray:
+    return np.concatenate([first, then], dtype=then.dtype, casting="same_kind")
 
 
-class _OpenRows:
-    """Rows with room left, grouped by how much of it, so that a run of equal items is placed a group at a time.
-
-    Placing equal items one by one by best fit fills the tightest row that takes them as far as it goes and then turns
-    to the next tightest: rows with the same room can be treated at once, and the work grows with distinct sizes.
-    """
-
-    def __init__(self, seq_length: int):
-        self.seq_length, self.rows = seq_length, 0
-        self._rooms: list[int] = []  # distinct room left, ascending
-        self._groups: dict[int, deque[np.ndarray]] = {}
-
-    def place(self, size: int, count: int) -> np.ndarray:
-        """The row of each of ``count`` items of ``size`` tokens, int64 [count]."""
-        placed = []
-        while count:
-            room, rows = self._tightest(size, count)
-            per_row = room // size
-            used = min(len(rows), count // per_row)
-            placed.append(np.repeat(rows[:used], per_row))
-            self._put(room - per_row * size, rows[:used])
-            count -= used * per_row
-            if used < len(rows) and count:  # fewer items are left than one row takes
-                placed.append(np.repeat(rows[used], count))
-                self._put(room - count * size, rows[used : used + 1])
-                used, count = used + 1, 0
-            self._put(room, rows[used:])
-        return np.concatenate(placed)
-
-    def _tightest(self, size: int, count: int) -> tuple[int, np.ndarray]:
-        """Takes out rows with the least room that holds ``size``; opens as many as ``count`` items need if none is."""
-        at = bisect_left(self._rooms, size)
-        if at == len(self._rooms):
-            opened = -(-count // (self.seq_length // size))
-            self.rows += opened
-            return self.seq_length, np.arange(self.rows - opened, self.rows)
-        room = self._rooms[at]
-        rows = self._groups[room].popleft()
-        if not self._groups[room]:
-            del self._groups[room], self._rooms[at]
-        return room, rows
-
-    def _put(self, room: int, rows: np.ndarray) -> None:
-        if not room or not rows.size:
-            return
-        if room not in self._groups:
-            self._groups[room] = deque()
-            insort(self._rooms, room)
-        self._groups[room].append(rows)
+def _counted(counts: np.ndarray) -> np.ndarray:
+    """0, 1, ... up to each count, one behind the other, int64."""
+    return np.arange(counts.sum()) - np.repeat(np.cumsum(counts) - counts, counts)
 
 
 def _plan(seq_length: int, row_offsets: np.ndarray, **pieces: np.ndarray) -> RowPlan:
     """A plan with its pieces in the narrowest type that holds them: 12 bytes a piece but for giant corpora."""
-    return RowPlan(seq_length, row_offsets.astype(np.int64), **{name: _narrow(part) for name, part in pieces.items()})
+    pieces = {name: _narrow(part) for name, part in pieces.items()}
+    return RowPlan(seq_length, row_offsets, **pieces, statistics=_statistics(seq_length, row_offsets, **pieces))
+
+
+def _statistics(
+    seq_length: int, row_offsets: np.ndarray, document: np.ndarray, start: np.ndarray, length: np.ndarray
+) -> PlanStatistics:
+    a_row = np.diff(row_offsets)
+    tokens, goes_on = int(length.sum(dtype=np.int64)), document[start > 0]
+    return PlanStatistics(
+        rows=len(a_row),
+        tokens=tokens,
+        padding=len(a_row) * seq_length - tokens,
+        documents=len(document) - len(goes_on),
+        split_documents=int(np.count_nonzero(np.bincount(goes_on))),
+        documents_a_row=len(document) / max(len(a_row), 1),
+        documents_a_row_p99=_percentile(np.bincount(a_row), 0.99),
+        most_documents=int(a_row.max(initial=0)),
+    )
+
+
+def _percentile(counts: np.ndarray, share: float) -> int:
+    """The smallest number that so large a share is not above; ``counts[n]`` of them are n."""
+    return int(np.searchsorted(np.cumsum(counts), share * counts.sum()))
 
 
 def _narrow(part: np.ndarray) -> np.ndarray:
-    return part.astype(np.int32 if part.max(initial=0) <= np.iinfo(np.int32).max else np.int64)
+    return part.astype(np.int32 if part.max(initial=0) <= np.iinfo(np.int32).max else np.int64, copy=False)
 
 
 METHODS: dict[str, Callable[[np.ndarray, int], RowPlan]] = {"best_fit": _best_fit, "concat": _concat}

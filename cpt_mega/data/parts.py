@@ -28,6 +28,7 @@ from cpt_mega.data.indexed import (
     documents_path,
     mask_path,
     parts_path,
+    plans_path,
     shards_path,
 )
 from cpt_mega.data.indexed_writer import check_lengths, install_corpus, write_index
@@ -296,6 +297,7 @@ class Joiner:
         corpus_files(prefix)[1].unlink(missing_ok=True)
         manifest_path(prefix).unlink(missing_ok=True)
         shards_path(prefix).unlink(missing_ok=True)
+        shutil.rmtree(plans_path(prefix), ignore_errors=True)  # of the old one; new ones would not be mistaken for them
         optional = {MASK: mask_path(prefix), DOCUMENTS: documents_path(prefix), REJECTS: rejects_path(prefix)}
         for kind, target in optional.items():
             target.unlink(missing_ok=True)

@@ -2,13 +2,14 @@
 
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from math import isfinite
 from pathlib import Path
 
 from cpt_mega.data.indexed import IndexedCorpus, corpus_files
 from cpt_mega.data.manifest import load_manifest
-from cpt_mega.data.packing import RowPlan, plan_rows
+from cpt_mega.data.packing import RowPlan
+from cpt_mega.data.plan_store import open_plan
 from cpt_mega.errors import InputError
 from cpt_mega.lineage import file_digest
 
@@ -35,6 +36,21 @@ class Source:
     plan: RowPlan
     weight: float
     vocab_size: int | None = None
+
+    def described(self) -> dict:
+        """What it is and how its documents fill rows, as plain values."""
+        packing = {
+            "seq_length": self.plan.seq_length,
+            **asdict(self.plan.statistics),
+            "fill": self.plan.statistics.fill,
+        }
+        return {
+            "name": self.name,
+            "role": self.role,
+            "path": self.corpus.prefix,
+            "weight": self.weight,
+            "packing": packing,
+        }
 
 
 def corpus_identity(prefix: str) -> str:
@@ -95,7 +111,7 @@ def open_sources(
     Args:
         specs: mappings or objects with name, path (prefix), role and weight (or None).
         seq_length: tokens of a row.
-        packing: a method of ``plan_rows``.
+        packing: a method of ``plan_rows``; the plans of large corpora are kept beside them.
         tokenizer_digest, vocab_size: the model's. A corpus without a manifest (Megatron-LM's own) is taken as it is;
             its ids are checked as they are read, like all others.
 
@@ -110,7 +126,7 @@ def open_sources(
     sources = []
     for spec, weight in zip(specs, weights, strict=True):
         corpus = open_corpus(f"{FIELD} {spec['name']}", spec["path"], tokenizer_digest, vocab_size)
-        plan = plan_rows(corpus.document_lengths, seq_length, packing)
+        plan = open_plan(corpus, seq_length, packing)
         sources.append(Source(spec["name"], spec["role"], corpus, plan, weight, vocab_size))
     normalised_weights(sources)
     return sources

@@ -67,7 +67,11 @@ class MixedStream:
 
     def row_tokens(self, ref: RowRef) -> int:
         """Real tokens of a row, padding left out."""
-        return int(self.sources[ref.source_index].plan.row_tokens[ref.row])
+        return self.sources[ref.source_index].plan.tokens_of(ref.row)
+
+    def attention_work(self, ref: RowRef) -> int:
+        """Of a row, as the sum of its documents' squared lengths."""
+        return self.sources[ref.source_index].plan.attention_work_of(ref.row)
 
     def _draw(self) -> RowRef:
         index = self._most_urgent()

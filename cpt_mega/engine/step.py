@@ -17,6 +17,7 @@ from torch import Tensor
 
 from cpt_mega.config.schema import Config
 from cpt_mega.engine.batch import ContextPart, MicroBatch, Row, filled_tokens
+from cpt_mega.engine.dealing import deal_rows
 from cpt_mega.engine.fast_paths import FastPath, fast_paths
 from cpt_mega.engine.mesh import Mesh
 from cpt_mega.engine.model import build_chunks, wrap_for_scoring, wrap_for_training
@@ -93,19 +94,25 @@ class Engine:
         self._side = torch.cuda.Stream()
         self.gather_parameters()
 
-    def my_rows(self, count: int) -> list[list[int]]:
+    def my_rows(self, count: int, work: Sequence[float] | None = None) -> list[list[int]]:
         """Indices into a batch of ``count`` rows that this data-parallel rank computes, a list a micro-batch.
 
         Every micro-batch has ``train.micro_batch_size`` of them, because stages exchange tensors of one shape: where an
         evaluation does not fill the last one, its last row is computed again, with the same result.
+        ``work``, of each row of a batch that fills all micro-batches, lets ranks have the same to do.
         """
         size, dp, me = self.config.train.micro_batch_size, self.mesh.dp, self.mesh.dp_rank
+        if work is not None:
+            return self._whole_rounds(deal_rows(work, dp, size)[me])
         groups = (list(range(start, min(start + size, count))) for start in range(me * size, count, dp * size))
         return self._whole_rounds([group + group[-1:] * (size - len(group)) for group in groups])
 
-    def prepare(self, count: int, read: Callable[[int], Row]) -> PreparedBatch:
-        """Reads this rank's rows of a batch; ``read(i)`` gives row i. Touches no device, so another thread may call it."""
-        places = self.my_rows(count)
+    def prepare(self, count: int, read: Callable[[int], Row], work: Sequence[float] | None = None) -> PreparedBatch:
+        """Reads this rank's rows of a batch; ``read(i)`` gives row i, ``work`` is as in ``my_rows``.
+
+        Touches no device, so another thread may call it.
+        """
+        places = self.my_rows(count, work)
         return PreparedBatch(count, places, self._micro_batches([[read(i) for i in indices] for indices in places]))
 
     def train_step(self, batch: PreparedBatch, rate: Callable[[float, float], float]) -> PendingStep:

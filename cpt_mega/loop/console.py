@@ -65,12 +65,15 @@ def sources_table(sources: Sequence[Source]) -> Table:
     table = Table(title="data", title_justify="left", box=None, pad_edge=False, header_style="bold")
     table.add_column("source")
     table.add_column("role")
-    for name in ("share", "documents", "rows", "fill", "split"):
+    for name in ("share", "documents", "rows", "fill", "padding", "split", "a row", "most"):
         table.add_column(name, justify="right")
     for source, share in zip(sources, normalised_weights(sources), strict=True):
-        plan = source.plan
-        counts = (f"{source.corpus.documents:,}", f"{plan.rows:,}", f"{plan.fill:.2%}", f"{plan.split_documents:,}")
-        table.add_row(source.name, source.role, f"{share:.1%}", *counts)
+        found = source.plan.statistics
+        counts = (source.corpus.documents, found.rows, found.padding, found.split_documents, found.most_documents)
+        documents, rows, padding, split, most = (f"{count:,}" for count in counts)
+        a_row = f"{found.documents_a_row:.1f}"
+        shares = (f"{share:.1%}", documents, rows, f"{found.fill:.2%}", padding, split, a_row, most)
+        table.add_row(source.name, source.role, *shares)
     return table
 
 

@@ -6,6 +6,7 @@ from pathlib import Path
 
 from cpt_mega.checkpoint.restore import Start
 from cpt_mega.config import Config
+from cpt_mega.data.packing import PACKING_VERSION
 from cpt_mega.data.sources import Source, corpus_identity, normalised_weights, open_sources
 from cpt_mega.errors import InputError
 from cpt_mega.gates.perplexity import HeldOut, open_eval_sets
@@ -35,6 +36,7 @@ def open_inputs(config: Config, start: Start) -> Inputs:
     lineage = {
         "base_digest": info.base_digest,
         "tokenizer_digest": digest,
+        "packing_version": PACKING_VERSION,
         "corpora": {source.name: corpus_identity(source.corpus.prefix) for source in sources},
         "eval": {bucket: _items_digest(config, sets, bucket) for bucket in sorted({held.bucket for held in sets})},
         "libraries": library_versions(),

@@ -4,7 +4,7 @@ Each batch carries the stream's state right after it was drawn: what a checkpoin
 stood, however far ahead the thread has read.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
 
@@ -34,13 +34,13 @@ class Prefetcher:
     """Batches of ``rows`` rows, one ahead. Errors of reading are raised by ``next``.
 
     Args:
-        prepare: ``Engine.prepare``, given a count and a function that reads a row.
+        prepare: ``Engine.prepare``, given a count, a function that reads a row, and the rows' attention work.
     """
 
     def __init__(
         self,
         stream: MixedStream,
-        prepare: Callable[[int, Callable[[int], PackedRow]], PreparedBatch],
+        prepare: Callable[[int, Callable[[int], PackedRow], Sequence[float]], PreparedBatch],
         rows: int,
     ):
         self._stream, self._prepare, self._rows = stream, prepare, rows
@@ -66,7 +66,8 @@ class Prefetcher:
     def _draw(self) -> DrawnBatch:
         refs = self._stream.next_batch(self._rows)
         state = self._stream.state
-        prepared = self._prepare(len(refs), lambda position: self._stream.read(refs[position]))
+        work = [self._stream.attention_work(ref) for ref in refs]
+        prepared = self._prepare(len(refs), lambda position: self._stream.read(refs[position]), work)
         return DrawnBatch(
             refs,
             sum(map(self._stream.row_tokens, refs)),

@@ -57,12 +57,13 @@ class RunFolder:
         self._lock.flush()
         return None
 
-    def open(self, config_yaml: str, ranks: list[dict] | None, step: int | None) -> None:
-        """Makes the folder, writes config.yaml and ranks.json, and drops the metrics of what will be done again.
+    def open(self, config_yaml: str, ranks: list[dict] | None, sources: list[dict], step: int | None) -> None:
+        """Makes the folder, writes config.yaml, ranks.json and sources.json, and drops the metrics of what will be done again.
 
         Args:
             config_yaml: the resolved configuration.
             ranks: one entry a process.
+            sources: of the mixture, with how their documents fill rows.
             step: the restored step, whose lines and earlier ones are kept; None for a run that starts anew.
 
         The folder must have been claimed.
@@ -71,6 +72,7 @@ class RunFolder:
             return
         (self.path / "config.yaml").write_text(config_yaml)
         write_json(self.path / "ranks.json", ranks)
+        write_json(self.path / "sources.json", sources)
         drop_lines_after(self.path / METRICS, -1 if step is None else step)
         self._metrics = open(self.path / METRICS, "a", buffering=1)  # noqa: SIM115 (lives as long as the run)
 

@@ -85,7 +85,8 @@ def _run_claimed(
 
     state = _trainer_state(config, restore, inputs.lineage, layout, mesh)
     ranks = mesh.gather({"rank": mesh.rank, "host": socket.gethostname(), "pid": os.getpid()})
-    folder.open(resolved_yaml(config), ranks, state.step if restore.state else None)
+    sources = [source.described() for source in inputs.sources]
+    folder.open(resolved_yaml(config), ranks, sources, state.step if restore.state else None)
     status = Status(folder, state, command, config.checkpoint.export_hf == "final")
     status.write("running", "")
     reporters = open_reporters(config, folder.path, state.run_id, state.step) if mesh.is_main else []

@@ -36,21 +36,7 @@ def test_best_fit_splits_only_what_is_longer_than_a_row(lengths, seq_length):
     plan = plan_rows(np.array(lengths, dtype=np.int64), seq_length, "best_fit")
     pieces = np.bincount(plan.document, minlength=len(lengths))
     assert pieces.tolist() == [-(-length // seq_length) for length in lengths]
-    assert plan.split_documents == sum(length > seq_length for length in lengths)
-
-
-@given(lengths=LENGTHS, seq_length=st.integers(1, 40))
-def test_best_fit_is_best_fit_decreasing(lengths, seq_length):
-    """As many rows as the textbook algorithm, item by item, opens."""
-    rooms = []
-    full = sum(length // seq_length for length in lengths)
-    for size in sorted((length % seq_length for length in lengths if length % seq_length), reverse=True):
-        fitting = [room for room in rooms if room >= size]
-        if fitting:
-            rooms.remove(min(fitting))
-        rooms.append((min(fitting) if fitting else seq_length) - size)
-    plan = plan_rows(np.array(lengths, dtype=np.int64), seq_length, "best_fit")
-    assert sorted(seq_length - plan.row_tokens) == sorted([0] * full + rooms)
+    assert plan.statistics.split_documents == sum(length > seq_length for length in lengths)
 
 
 @given(lengths=LENGTHS, seq_length=st.integers(1, 40))
@@ -68,15 +54,42 @@ def test_a_plan_is_deterministic(method):
         assert np.array_equal(getattr(one, name), getattr(two, name))
 
 
-def test_fill_of_a_realistic_corpus():
+def test_a_realistic_corpus_fills_its_rows_with_few_documents_each():
     lengths = np.random.default_rng(0).lognormal(6, 1.3, 20000).astype(np.int64) + 1
-    assert plan_rows(lengths, 4096, "best_fit").fill > 0.999
+    found = plan_rows(lengths, 4096, "best_fit").statistics
+    assert found.fill > 0.999 and found.most_documents <= 4096 // 128
+
+
+@pytest.mark.parametrize("method", METHODS)
+@given(lengths=LENGTHS, seq_length=st.integers(1, 40))
+def test_statistics_are_of_the_plan(method, lengths, seq_length):
+    plan = plan_rows(np.array(lengths, dtype=np.int64), seq_length, method)
+    found, pieces = plan.statistics, np.bincount(plan.document, minlength=1)
+    a_row = sorted(len(plan.pieces(row)) for row in range(plan.rows))
+    assert (found.rows, found.tokens, found.documents) == (plan.rows, sum(lengths), np.count_nonzero(lengths))
+    assert found.padding == plan.rows * seq_length - sum(lengths)
+    assert found.split_documents == np.count_nonzero(pieces > 1)
+    assert found.most_documents == max(a_row, default=0)
+    assert found.documents_a_row_p99 == (a_row[int(np.ceil(0.99 * len(a_row))) - 1] if a_row else 0)
+
+
+def test_what_is_asked_of_one_row_is_asked_of_all():
+    plan = plan_rows(np.random.default_rng(0).integers(1, 90, 300), 64)
+    assert [plan.tokens_of(row) for row in range(plan.rows)] == plan.row_tokens.tolist()
+    work = [sum(length**2 for _, _, length in plan.pieces(row)) for row in range(plan.rows)]
+    assert [plan.attention_work_of(row) for row in range(plan.rows)] == work
+
+
+def test_a_document_takes_at_most_sixteen_bytes():
+    plan = plan_rows(np.random.default_rng(0).lognormal(6, 1.3, 20000).astype(np.int64) + 1, 4096)
+    taken = sum(getattr(plan, name).nbytes for name in ("row_offsets", "document", "start", "length"))
+    assert taken <= 16 * plan.length.size
 
 
 @pytest.mark.parametrize("method", METHODS)
 def test_no_documents_no_rows(method):
     plan = plan_rows(np.array([0, 0]), 8, method)
-    assert (plan.rows, plan.fill, plan.split_documents, plan.row_tokens.size) == (0, 1.0, 0, 0)
+    assert (plan.rows, plan.statistics.fill, plan.statistics.split_documents, plan.row_tokens.size) == (0, 1.0, 0, 0)
 
 
 def test_an_unknown_method_is_named():
