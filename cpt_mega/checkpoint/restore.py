@@ -26,6 +26,7 @@ from cpt_mega.hf.locate import locate_checkpoint
 # A full restore under another value of these is another run, so it must be asked for by name.
 _NEEDS_ACCEPTANCE = (
     "data.sources",
+    "data.curriculum",
     "data.packing",
     "precision",
     *(f"train.{name}" for name in ("tokens", "seq_length", "global_batch_size", "seed", "dropout")),

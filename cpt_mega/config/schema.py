@@ -114,9 +114,24 @@ class SourceOptions(Section):
     )
 
 
+class CurriculumPoint(Section):
+    tokens: NonNegativeInt = Field(description="tokens of the run at which sources have these weights")
+    weights: dict[str, float] = Field(description="share of tokens of each source, relative to the others; 0: none")
+
+
 class DataOptions(Section):
     sources: tuple[SourceOptions, ...] = Field((), description="corpora of the mixture")
+    curriculum: tuple[CurriculumPoint, ...] = Field(
+        (), description="weights that change with the tokens of the run, linearly between points; instead of fixed ones"
+    )
     packing: Literal["best_fit", "concat"] = Field("best_fit", description="how documents fill rows")
+    max_epochs: float | None = Field(None, gt=0, description="passes over any source at most; none: any number")
+    at_max_epochs: Literal["stop", "drop"] = Field(
+        "stop", description="what a source that is read out does: end the run, or leave its share to the others"
+    )
+    exclude: dict[str, tuple[NonNegativeInt, ...]] = Field(
+        {}, description="rows of a source, by number in its plan, that are stepped past from here on"
+    )
 
 
 class CheckpointOptions(Section):

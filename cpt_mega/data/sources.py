@@ -8,6 +8,7 @@ from pathlib import Path
 
 from cpt_mega.data.indexed import IndexedCorpus, corpus_files
 from cpt_mega.data.manifest import load_manifest
+from cpt_mega.data.mixture import Mixture
 from cpt_mega.data.packing import RowPlan
 from cpt_mega.data.plan_store import open_plan
 from cpt_mega.errors import InputError
@@ -84,12 +85,9 @@ def default_weights(roles: Sequence[str], weights: Sequence[float | None]) -> li
     return [shares[side] / sides.count(side) if len(set(sides)) == 2 else 1 / len(sides) for side in sides]
 
 
-def normalised_weights(sources: Sequence[Source]) -> list[float]:
-    """Shares of tokens that sum to 1.
-
-    Raises InputError without sources, for two of one name, for a weight that is not a positive number, and for a
-    source without rows.
-    """
+def check_sources(sources: Sequence[Source]) -> None:
+    """Raises InputError without sources, for two of one name, for a weight that is not a positive number, and for a
+    source without rows."""
     if not sources:
         raise InputError(FIELD, [], "give at least one source")
     _check_names([source.name for source in sources])
@@ -99,8 +97,11 @@ def normalised_weights(sources: Sequence[Source]) -> list[float]:
             raise InputError(f"{FIELD} {source.name} weight", source.weight, fix)
         if not source.plan.rows:
             raise InputError(f"{FIELD} {source.name} path", source.corpus.prefix, "the corpus holds no token")
-    total = sum(source.weight for source in sources)
-    return [source.weight / total for source in sources]
+
+
+def fixed_mixture(sources: Sequence[Source]) -> Mixture:
+    """The sources by their weights."""
+    return Mixture.fixed({source.name: source.weight for source in sources})
 
 
 def open_sources(
@@ -128,7 +129,8 @@ def open_sources(
         corpus = open_corpus(f"{FIELD} {spec['name']}", spec["path"], tokenizer_digest, vocab_size)
         plan = open_plan(corpus, seq_length, packing)
         sources.append(Source(spec["name"], spec["role"], corpus, plan, weight, vocab_size))
-    normalised_weights(sources)
+    if sources:
+        check_sources(sources)
     return sources
 
 

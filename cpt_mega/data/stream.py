@@ -1,18 +1,23 @@
 """The order of training: which row of which source comes next, as a pure function.
 
-The next source is decided by the weights and by the tokens taken so far, the next row of a source by its cursor and a
+The next source is decided by the mixture and by the tokens taken so far, the next row of a source by its cursor and a
 keyed permutation. Nothing else enters: not the number of ranks, the batch size, the budget of the run or the number
 of processes that read. What was drawn is a cursor and a token ledger per source, so a run can be stopped, extended,
 and reweighted, without repeating or skipping a row of any source.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import NamedTuple
 
+from cpt_mega.data.mixture import Mixture
 from cpt_mega.data.order import order_key, permuted
 from cpt_mega.data.rows import PAD_ID, PackedRow, build_row
-from cpt_mega.data.sources import Source, normalised_weights
-from cpt_mega.data.stream_state import StreamState
+from cpt_mega.data.sources import Source, check_sources, fixed_mixture
+from cpt_mega.data.stream_state import SourceState, StreamState
+from cpt_mega.errors import InputError
+
+STOP, DROP = "stop", "drop"
 
 
 class RowRef(NamedTuple):
@@ -22,18 +27,42 @@ class RowRef(NamedTuple):
     row: int
 
 
+class EndOfData(Exception):
+    """A source has given all that it may, and the run is to end then."""
+
+
+@dataclass(frozen=True)
+class Repetition:
+    """How often a source may be read.
+
+    Attributes:
+        most_epochs: passes over each source, counted since the run began; None for any number.
+        then: ``STOP`` ends the run when a source that is due has none left, ``DROP`` goes on without it, the others in
+            their own proportions, and ends when none is left.
+    """
+
+    most_epochs: float | None = None
+    then: str = STOP
+
+    def rows(self, source: Source) -> float:
+        """Rows that a source may give."""
+        return float("inf") if self.most_epochs is None else int(self.most_epochs * source.plan.rows)
+
+
 class MixedStream:
-    """Draws rows from weighted sources.
+    """Draws rows from sources that are mixed by shares of tokens.
 
     Args:
-        sources: with distinct names and positive weights.
+        sources: with distinct names.
         seq_length: tokens of a row.
         seed: of the row order.
         state: where to go on; None starts at the beginning. It is copied, not changed. Sources it does not know start
             at 0; what it says of sources that are absent here is kept.
         pad_id: what fills a row that documents do not; masked.
+        mixture: of these very sources; None mixes them by their weights.
+        repetition: how often sources may be read.
 
-    Raises InputError for sources that make no mixture (see ``normalised_weights``).
+    Raises InputError for sources that make no mixture (see ``check_sources``).
     """
 
     def __init__(
@@ -43,21 +72,38 @@ class MixedStream:
         seed: int,
         state: StreamState | None = None,
         pad_id: int = PAD_ID,
+        mixture: Mixture | None = None,
+        repetition: Repetition = Repetition(),
     ):
+        check_sources(sources)
         self.sources, self.seq_length, self.seed, self.pad_id = list(sources), seq_length, seed, pad_id
-        self.weights = normalised_weights(self.sources)
-        names = [source.name for source in self.sources]
-        self._state = (state or StreamState()).under(dict(zip(names, self.weights, strict=True)))
-        self._drawn = [self._state.sources[name] for name in names]
-        self._total = sum(drawn.tokens_under_weights for drawn in self._drawn)
+        self.repetition = repetition
+        self._index = {source.name: index for index, source in enumerate(self.sources)}
+        self._state = (state or StreamState()).under(mixture or fixed_mixture(sources))
+        self.exclude({})
+        self._begin()
 
     @property
     def state(self) -> StreamState:
         """Where the stream stands, as a copy."""
         return self._state.copy()
 
+    @property
+    def shares(self) -> dict[str, float]:
+        """What share of the tokens each source has here."""
+        mixture = self._state.in_effect
+        return dict(zip(mixture.names, mixture.shares(self._total), strict=True))
+
+    @property
+    def epochs(self) -> dict[str, float]:
+        """How often each source has been read."""
+        return {s.name: self._state.sources[s.name].rows_taken / s.plan.rows for s in self.sources}
+
     def next_batch(self, rows: int) -> list[RowRef]:
-        """Draws the next ``rows`` rows. Drawing 3 and then 4 is drawing 7."""
+        """Draws the next ``rows`` rows. Drawing 3 and then 4 is drawing 7.
+
+        Raises EndOfData when a source may not be read more often.
+        """
         return [self._draw() for _ in range(rows)]
 
     def read(self, ref: RowRef) -> PackedRow:
@@ -73,27 +119,105 @@ class MixedStream:
         """Of a row, as the sum of its documents' squared lengths."""
         return self.sources[ref.source_index].plan.attention_work_of(ref.row)
 
+    def go_on_from(self, state: StreamState) -> None:
+        """Goes back, or on, to where a state of this very stream stood."""
+        self._state = state.copy()
+        self.exclude({})
+        self._begin()
+
+    def reweight(self, weights: Mapping[str, float]) -> None:
+        """Lets other shares take effect, from the next row on until they are changed again; weights in any unit.
+
+        For decisions during a run, which are part of the state from then on. A configuration that asks for another mixture
+        than before takes its place. Raises InputError for names that are not the sources' or weights that are no shares.
+        """
+        if set(weights) != set(self._index):
+            odd = sorted(set(weights) ^ set(self._index))[0]
+            raise InputError("weights", odd, f"give a weight to each of {', '.join(self._index)}, and to no other")
+        self._state.enter(Mixture.fixed({name: weight for name, weight in weights.items() if weight}))
+        self._begin()
+
+    def exclude(self, rows: Mapping[str, Iterable[int]]) -> None:
+        """Steps past rows from here on, by their number in the plan of a source; no other row moves.
+
+        Raises InputError for a source or a row that is not there, and when nothing is left of a source.
+        """
+        excluded = dict(self._state.excluded)
+        for name, more in rows.items():
+            if name not in self._index:
+                raise InputError("excluded source", name, f"give one of {', '.join(self._index)}")
+            excluded[name] = sorted({*excluded.get(name, []), *map(int, more)})
+        for name in excluded.keys() & self._index.keys():
+            _check_excluded(name, excluded[name], self.sources[self._index[name]].plan.rows)
+        self._state.excluded = excluded
+        self._excluded = {name: set(some) for name, some in excluded.items()}
+
+    def _begin(self) -> None:
+        """Measures from the state on."""
+        self._total, self._names = self._state.tokens, self._state.in_effect.names
+        self._windows = [self._window(number) for number in range(len(self._names))]
+
+    def _window(self, number: int) -> tuple[float, float]:
+        """Between which places of the run the next row of a source of the mixture is due."""
+        state, mixture = self._state, self._state.in_effect
+        taken = state.sources[mixture.names[number]].tokens_under_mixture
+        begin, end = (mixture.deadline(number, state.since, tokens) for tokens in (taken, taken + self.seq_length))
+        return begin, end
+
     def _draw(self) -> RowRef:
-        index = self._most_urgent()
-        ref = RowRef(index, self._row_at(self.sources[index], self._drawn[index].rows_taken))
+        while True:
+            number = self._most_urgent()
+            index = self._index[self._names[number]]
+            source = self.sources[index]
+            drawn = self._state.sources[source.name]
+            if self._step_past_excluded(source, drawn) < self.repetition.rows(source):
+                break
+            self._give_up(number, source)
+        ref = RowRef(index, self._row_at(source, drawn.rows_taken))
         tokens = self.row_tokens(ref)
-        self._drawn[index].take(tokens)
+        drawn.take(tokens)
         self._total += tokens
+        self._windows[number] = self._window(number)
         return ref
 
     def _most_urgent(self) -> int:
-        """The source that would be the first to lag a whole row behind its share.
+        """The source of the mixture that would be the first to lag a whole row behind its share.
 
         Among the sources that a row would not put more than a row ahead. Simply taking the one that lags most lets
         others fall behind by more than a row once there are many; earliest deadline first keeps every source within
         one row of its share at every point (Baruah et al., Proportionate Progress, Algorithmica 1996).
         """
-        row, due = self.seq_length, self._total + self.seq_length
-        taken = [drawn.tokens_under_weights for drawn in self._drawn]
-        entitled = [index for index, weight in enumerate(self.weights) if weight * due > taken[index]]
-        return min(entitled, key=lambda index: (taken[index] + row) / self.weights[index])
+        due = self._total + self.seq_length
+        entitled = [number for number, (begin, _) in enumerate(self._windows) if begin < due]
+        # rounding may leave none where shares change steeply: then whoever comes first
+        return min(entitled or range(len(self._windows)), key=lambda number: self._windows[number][::-1])
+
+    def _step_past_excluded(self, source: Source, drawn: SourceState) -> int:
+        """The cursor of the next row that may be drawn."""
+        excluded = self._excluded.get(source.name)
+        while excluded and self._row_at(source, drawn.rows_taken) in excluded:
+            drawn.rows_taken += 1
+        return drawn.rows_taken
+
+    def _give_up(self, number: int, source: Source) -> None:
+        """A source that is due may not be read on."""
+        words = f"source {source.name} has been read {self.repetition.most_epochs:g} times (data.max_epochs)"
+        if self.repetition.then == STOP:
+            raise EndOfData(words)
+        try:
+            self._state.enter(self._state.in_effect.without(number))
+        except ValueError as error:
+            raise EndOfData(f"{words}, and no other is left") from error
+        self._begin()
 
     def _row_at(self, source: Source, cursor: int) -> int:
         """Which row of its plan a source gives at a cursor; every epoch has its own order."""
         epoch, index = divmod(cursor, source.plan.rows)
         return permuted(index, source.plan.rows, order_key(self.seed, source.name, epoch))
+
+
+def _check_excluded(name: str, excluded: Sequence[int], rows: int) -> None:
+    if excluded and not 0 <= excluded[0] <= excluded[-1] < rows:
+        raise InputError(f"excluded row of {name}", excluded[-1], f"its plan has rows 0 to {rows - 1}")
+    if len(excluded) == rows:
+        raise InputError(f"excluded rows of {name}", rows, "nothing is left; leave the source out")

@@ -1,8 +1,9 @@
-"""What a sample stream has drawn so far: a cursor and a token ledger per source."""
+"""What a sample stream has drawn so far: a cursor and a token ledger per source, and the mixture that is in effect."""
 
 from copy import deepcopy
 from dataclasses import asdict, dataclass, field
 
+from cpt_mega.data.mixture import Mixture
 from cpt_mega.errors import InputError
 
 
@@ -11,9 +12,9 @@ class SourceState:
     """One source.
 
     Attributes:
-        rows_taken: the cursor; it counts on through the epochs.
+        rows_taken: the cursor; it counts on through the epochs, and rows that are excluded with the others.
         tokens: real tokens taken.
-        tokens_before: those of them taken before the current weights took effect.
+        tokens_before: those of them taken before the mixture now in effect.
     """
 
     rows_taken: int = 0
@@ -21,8 +22,8 @@ class SourceState:
     tokens_before: int = 0
 
     @property
-    def tokens_under_weights(self) -> int:
-        """Real tokens taken since the current weights took effect: what their shares are measured on."""
+    def tokens_under_mixture(self) -> int:
+        """Real tokens taken since the mixture took effect: what shares are measured on."""
         return self.tokens - self.tokens_before
 
     def take(self, tokens: int) -> None:
@@ -33,47 +34,80 @@ class SourceState:
 
 @dataclass
 class StreamState:
-    """The whole stream: every source ever drawn from by name, and the normalised weights now in effect.
+    """The whole stream.
 
-    Shares are measured from the moment the weights took effect. Measured from the start of the run, a change late in
+    Shares are measured from where the mixture took effect. Measured from the start of the run, a change late in
     a long run would be followed by a long stretch of the raised source alone.
+
+    Attributes:
+        sources: every source ever drawn from, by name.
+        configured: the mixture as the user asked for it; another one that is asked for takes effect at once.
+        in_effect: that one, or what was decided since: by a gate, by the losses, or because a source had given all.
+        since: tokens of the run, of all sources, when it took effect.
+        excluded: rows of each source that are stepped past, ascending.
     """
 
     sources: dict[str, SourceState] = field(default_factory=dict)
-    weights: dict[str, float] = field(default_factory=dict)
+    configured: Mixture | None = None
+    in_effect: Mixture | None = None
+    since: int = 0
+    excluded: dict[str, list[int]] = field(default_factory=dict)
+
+    @property
+    def tokens(self) -> int:
+        """Real tokens taken from all sources since the run began."""
+        return sum(source.tokens for source in self.sources.values())
 
     def copy(self) -> "StreamState":
         """A state that does not change with this one."""
         return deepcopy(self)
 
-    def under(self, weights: dict[str, float]) -> "StreamState":
-        """A copy with these weights in effect; sources it did not know start at 0, others keep cursor and ledger."""
+    def under(self, configured: Mixture) -> "StreamState":
+        """A copy under what a configuration asks for; sources it did not know start at 0, others keep cursor and ledger."""
+        if configured == self.configured:
+            return self.copy()
         state = self.copy()
-        for name in weights:
+        state.configured = configured
+        for name in configured.names:
             state.sources.setdefault(name, SourceState())
-        if weights != state.weights:
-            state.weights = dict(weights)
-            for source in state.sources.values():
-                source.tokens_before = source.tokens
+        state.enter(configured)
         return state
+
+    def enter(self, mixture: Mixture) -> None:
+        """Lets a mixture take effect from here on."""
+        self.in_effect, self.since = mixture, self.tokens
+        for source in self.sources.values():
+            source.tokens_before = source.tokens
 
     def to_json(self) -> dict:
         """Plain values for JSON; ``from_json`` gives the same state back."""
-        return asdict(self)
+        mixtures = {"configured": self.configured, "in_effect": self.in_effect}
+        return {
+            "sources": {name: asdict(source) for name, source in self.sources.items()},
+            **{name: mixture and mixture.to_json() for name, mixture in mixtures.items()},
+            "since": self.since,
+            "excluded": {name: list(rows) for name, rows in self.excluded.items()},
+        }
 
     @classmethod
     def from_json(cls, value: dict) -> "StreamState":
         """Raises InputError when the value is not what ``to_json`` makes."""
         try:
-            sources = {str(name): SourceState(**_counts(counts)) for name, counts in value["sources"].items()}
-            weights = {str(name): float(weight) for name, weight in value["weights"].items()}
-        except (KeyError, TypeError, ValueError, AttributeError) as error:
+            return cls(
+                sources={str(name): SourceState(**_counts(counts)) for name, counts in value["sources"].items()},
+                **{name: value[name] and Mixture.from_json(value[name]) for name in ("configured", "in_effect")},
+                **_counts({"since": value["since"]}),
+                excluded={
+                    str(name): sorted(_counts(dict(enumerate(rows))).values())
+                    for name, rows in value["excluded"].items()
+                },
+            )
+        except (KeyError, TypeError, ValueError, AttributeError, IndexError) as error:
             fix = f"not a saved data state ({error!r}); restore from another checkpoint"
             raise InputError("data state", value, fix) from error
-        return cls(sources, weights)
 
 
-def _counts(counts: dict) -> dict[str, int]:
+def _counts(counts: dict) -> dict:
     for name, count in counts.items():
         if type(count) is not int or count < 0:
             raise ValueError(f"{name} is {count!r}")

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from rich.console import Console
 from rich.table import Table
 
-from cpt_mega.data.sources import Source, normalised_weights
+from cpt_mega.data.sources import Source
 from cpt_mega.engine.fast_paths import FastPath
 
 _COLOURS = {"restored": "green", "fresh": "cyan", "accepted": "yellow", "harmless": "dim"}
@@ -60,14 +60,14 @@ def contract_table(title: str, rows: Sequence[tuple[str, str, str]]) -> Table:
     return table
 
 
-def sources_table(sources: Sequence[Source]) -> Table:
-    """The mixture, and how its documents fill rows."""
+def sources_table(sources: Sequence[Source], shares: Sequence[float]) -> Table:
+    """The mixture, by its shares of all tokens of the run, and how its documents fill rows."""
     table = Table(title="data", title_justify="left", box=None, pad_edge=False, header_style="bold")
     table.add_column("source")
     table.add_column("role")
     for name in ("share", "documents", "rows", "fill", "padding", "split", "a row", "most"):
         table.add_column(name, justify="right")
-    for source, share in zip(sources, normalised_weights(sources), strict=True):
+    for source, share in zip(sources, shares, strict=True):
         found = source.plan.statistics
         counts = (source.corpus.documents, found.rows, found.padding, found.split_documents, found.most_documents)
         documents, rows, padding, split, most = (f"{count:,}" for count in counts)

@@ -13,7 +13,7 @@ from cpt_mega.engine.plan import plan_ranks
 from cpt_mega.engine.platform import check_layout
 from cpt_mega.hf.model_info import ModelInfo
 from cpt_mega.loop.console import contract_table, make_console, sources_table
-from cpt_mega.loop.inputs import open_inputs
+from cpt_mega.loop.inputs import mean_shares, open_inputs, open_stream
 
 
 def print_plan(config: Config, world: int, command: str) -> None:
@@ -30,12 +30,13 @@ def print_plan(config: Config, world: int, command: str) -> None:
     inputs = open_inputs(config, start)
     check_layout(config, inputs.info.shape, world)
     restore = plan_restore(config, start, inputs.lineage, asdict(layout))
+    open_stream(config, inputs.sources, restore.state.stream if restore.state else {})
     console = make_console()
     console.print(_model_table(config, inputs.info, world))
     console.print(_ranks_table(config, inputs.info, world))
     console.print(contract_table(f"restore: {start.mode}", restore.rows))
     if inputs.sources:
-        console.print(sources_table(inputs.sources))
+        console.print(sources_table(inputs.sources, mean_shares(config, inputs.sources)))
     for note in (*start.notes, *inputs.warnings):
         console.print(f" {note}", style="yellow")
     for held in inputs.sets:

@@ -1,13 +1,16 @@
 """Everything a run reads besides its configuration: the model's description, corpora, evaluation sets, and their names."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from cpt_mega.checkpoint.restore import Start
 from cpt_mega.config import Config
+from cpt_mega.data.mixture import Mixture
 from cpt_mega.data.packing import PACKING_VERSION
-from cpt_mega.data.sources import Source, corpus_identity, normalised_weights, open_sources
+from cpt_mega.data.sources import Source, corpus_identity, fixed_mixture, open_sources
+from cpt_mega.data.stream import MixedStream, Repetition
+from cpt_mega.data.stream_state import StreamState
 from cpt_mega.errors import InputError
 from cpt_mega.gates.perplexity import HeldOut, open_eval_sets
 from cpt_mega.hf.model_info import ModelInfo, read_model_info, tokenizer_digest
@@ -50,10 +53,55 @@ def _warnings(config: Config, sources: list[Source]) -> Iterator[str]:
         yield "no replay source: what the model knew before gets no gradient; add one with role: replay (20 % is usual)"
     if config.gates.general_perplexity_limit is not None and all(s.bucket != "general" for s in config.eval.sets):
         yield "no gate is armed: eval.sets has no set with bucket: general, so forgetting is not watched"
-    for source, share in zip(sources, normalised_weights(sources) if sources else (), strict=True):
+    for source, share in zip(sources, mean_shares(config, sources), strict=True):
         passes = share * config.train.tokens / source.corpus.tokens
-        if passes > MOST_PASSES:
+        if passes > (config.data.max_epochs or MOST_PASSES):
             yield f"source {source.name} is read {passes:,.1f} times over: more than {MOST_PASSES} passes usually hurt"
+
+
+def open_stream(config: Config, sources: list[Source], state: dict) -> MixedStream | None:
+    """The stream of a run, where its saved data state says; None without sources, for an evaluation alone.
+
+    Raises InputError for a mixture or an exclusion that does not fit the sources.
+    """
+    if not sources:
+        return None
+    data, train = config.data, config.train
+    stream = MixedStream(
+        sources,
+        train.seq_length,
+        train.seed,
+        StreamState.from_json(state) if state else None,
+        mixture=mixture_of(config, sources),
+        repetition=Repetition(data.max_epochs, data.at_max_epochs),
+    )
+    stream.exclude(data.exclude)
+    return stream
+
+
+def mixture_of(config: Config, sources: Sequence[Source]) -> Mixture:
+    """The mixture that a configuration asks for. Raises InputError for a curriculum that is none."""
+    points = config.data.curriculum
+    if not points:
+        return fixed_mixture(sources)
+    weighted = [option.name for option in config.data.sources if option.weight is not None]
+    if weighted:
+        raise InputError(
+            f"data.sources {weighted[0]} weight", "given", "data.curriculum has the weights; leave these out"
+        )
+    names = [source.name for source in sources]
+    odd = sorted({name for point in points for name in point.weights} - set(names))
+    if odd:
+        raise InputError("data.curriculum weights", odd[0], f"no such source; give weights to {', '.join(names)}")
+    return Mixture.of([(point.tokens, {name: point.weights.get(name, 0.0) for name in names}) for point in points])
+
+
+def mean_shares(config: Config, sources: Sequence[Source]) -> list[float]:
+    """Each source's share of all tokens of the run."""
+    if not sources:
+        return []
+    mixture, end = mixture_of(config, sources), max(config.train.tokens, 1)
+    return [mixture.entitled(number, 0, end) / end for number in range(len(sources))]
 
 
 def _tokenizer(config: Config, info: ModelInfo) -> str:

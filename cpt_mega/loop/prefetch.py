@@ -10,6 +10,7 @@ from dataclasses import dataclass
 
 from cpt_mega.data.rows import PackedRow
 from cpt_mega.data.stream import MixedStream, RowRef
+from cpt_mega.data.stream_state import StreamState
 from cpt_mega.engine.step import PreparedBatch
 
 
@@ -52,6 +53,15 @@ class Prefetcher:
         batch = self._ahead.result()
         self._ahead = self._thread.submit(self._draw)
         return batch
+
+    def redraw(self, state: dict, change: Callable[[MixedStream], None]) -> dict:
+        """Draws the batch ahead anew, after a change to the stream where a saved state of it stands; the changed state."""
+        self.rest()
+        self._stream.go_on_from(StreamState.from_json(state))
+        change(self._stream)
+        changed = self._stream.state.to_json()
+        self._ahead = self._thread.submit(self._draw)
+        return changed
 
     def rest(self) -> None:
         """Waits until the batch ahead is there; the thread then has nothing to do. Its error, if any, stays for ``next``."""

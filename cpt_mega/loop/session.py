@@ -13,8 +13,6 @@ from rich.console import Console
 from cpt_mega.checkpoint.restore import Restore, apply_restore, find_start, plan_restore
 from cpt_mega.checkpoint.store import TrainerState
 from cpt_mega.config import Config, resolved_yaml
-from cpt_mega.data.sources import Source
-from cpt_mega.data.stream import MixedStream, StreamState
 from cpt_mega.engine.fast_paths import FastPath
 from cpt_mega.engine.memory import explained
 from cpt_mega.engine.mesh import Mesh, start_mesh, stop_mesh
@@ -26,7 +24,7 @@ from cpt_mega.lineage import code_version, new_run_id
 from cpt_mega.loop.callbacks import Checkpoints, Control, Evaluation, Logging
 from cpt_mega.loop.console import contract_table, fast_paths_table, make_console, sources_table
 from cpt_mega.loop.housekeeping import Housekeeping, collected_together
-from cpt_mega.loop.inputs import Inputs, open_inputs
+from cpt_mega.loop.inputs import Inputs, mean_shares, open_inputs, open_stream
 from cpt_mega.loop.profiling import Profiling
 from cpt_mega.loop.reporters import open_reporters
 from cpt_mega.loop.run_folder import RunFolder
@@ -95,7 +93,7 @@ def _run_claimed(
         _introduce(console, config, inputs, restore, mesh, engine.fast_paths(), clock)
         place = {"step": state.step, "tokens": state.tokens, "mode": start.mode, "from": str(start.folder)}
         folder.decide({"kind": "restore", **place, "rows": restore.rows})
-    trainer = Trainer(config, engine, _stream(config, inputs.sources, state), state)
+    trainer = Trainer(config, engine, open_stream(config, inputs.sources, state.stream), state)
     trainer.callbacks = [
         Logging(folder, reporters, console),
         Profiling(config.profile, folder.path, mesh.rank, console),
@@ -129,13 +127,6 @@ def _export(run_dir: Path) -> Path:
     shutil.rmtree(target, ignore_errors=True)
     os.rename(building, target)
     return target
-
-
-def _stream(config: Config, sources: list[Source], state: TrainerState) -> MixedStream | None:
-    if not sources:  # an evaluation alone
-        return None
-    drawn = StreamState.from_json(state.stream) if state.stream else None
-    return MixedStream(sources, config.train.seq_length, config.train.seed, drawn)
 
 
 def _trainer_state(config: Config, restore: Restore, lineage: dict, layout: dict, mesh: Mesh) -> TrainerState:
@@ -172,6 +163,6 @@ def _introduce(
     for note in (*restore.start.notes, *inputs.warnings):
         console.print(f" {note}", style="yellow")
     if inputs.sources:
-        console.print(sources_table(inputs.sources))
+        console.print(sources_table(inputs.sources, mean_shares(config, inputs.sources)))
     console.print(fast_paths_table(fast_paths))
     console.print(f" start-up: {clock}", style="dim")

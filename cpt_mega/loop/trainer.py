@@ -2,7 +2,7 @@
 
 import math
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Protocol
@@ -10,7 +10,7 @@ from typing import Protocol
 from cpt_mega.checkpoint.store import TrainerState
 from cpt_mega.config import Config
 from cpt_mega.config.schedule import LearningRate
-from cpt_mega.data.stream import MixedStream, RowRef
+from cpt_mega.data.stream import EndOfData, MixedStream, RowRef
 from cpt_mega.engine.step import Engine, PendingStep, StepResult
 from cpt_mega.errors import FaultError
 from cpt_mega.loop.prefetch import DrawnBatch, Prefetcher
@@ -137,6 +137,15 @@ class Trainer:
         for callback in self.callbacks:
             callback.on_report(self, report)
 
+    def reweight(self, weights: Mapping[str, float]) -> None:
+        """Lets other shares of tokens take effect with the next step, until they are changed again or the run ends.
+
+        For gates and other callbacks, at a boundary; all ranks must do so together. No row is repeated or skipped: the batch
+        that was read ahead is drawn anew. The decision is part of the data state, so a continued run has it too; who
+        decides writes down why (``RunFolder.decide``). Raises InputError as ``MixedStream.reweight`` does.
+        """
+        self.state.stream = self._batches.redraw(self.state.stream, lambda stream: stream.reweight(weights))
+
     def quiesce(self) -> None:
         """Settles, and waits until the thread that reads ahead is at rest: core forks when it saves, and a lock that a
         thread holds at that moment would stay locked in the child."""
@@ -154,7 +163,11 @@ class Trainer:
         self._batches = batches
         try:
             while self.outcome is None and not self.budget_reached:
-                launched = self._launch(batches)
+                try:
+                    launched = self._launch(batches)
+                except EndOfData as end:
+                    self.stop("finished", str(end))
+                    break
                 self.settle()  # the step before, while this one is under way
                 self._unsettled = launched
                 for callback in self.callbacks:

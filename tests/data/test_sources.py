@@ -3,7 +3,7 @@ from dataclasses import dataclass, replace
 import pytest
 
 from cpt_mega.data.manifest import CorpusManifest
-from cpt_mega.data.sources import DEFAULT_REPLAY_SHARE, default_weights, normalised_weights, open_sources
+from cpt_mega.data.sources import DEFAULT_REPLAY_SHARE, check_sources, default_weights, fixed_mixture, open_sources
 from cpt_mega.errors import InputError
 from tests.helpers.corpora import counting_corpus, make_source, write_corpus
 
@@ -54,18 +54,19 @@ def test_given_weights_are_kept_and_must_be_complete():
 @pytest.mark.parametrize("weight", [0, -1, float("nan"), float("inf")])
 def test_a_weight_is_positive(corpus, weight):
     with pytest.raises(InputError, match="data.sources a weight"):
-        normalised_weights([make_source(corpus, "a", weight, 8)])
+        check_sources([make_source(corpus, "a", weight, 8)])
 
 
 def test_a_mixture_needs_distinct_sources(corpus, tmp_path):
     source = make_source(corpus, "a", 3, 8)
     with pytest.raises(InputError, match="data.sources"):
-        normalised_weights([])
+        check_sources([])
     with pytest.raises(InputError, match="data.sources = 'a'"):
-        normalised_weights([source, source])
+        check_sources([source, source])
     with pytest.raises(InputError, match="holds no token"):
-        normalised_weights([make_source(write_corpus(tmp_path / "none", []), "b", 1, 8)])
-    assert normalised_weights([source, make_source(corpus, "b", 1, 8)]) == [0.75, 0.25]
+        check_sources([make_source(write_corpus(tmp_path / "none", []), "b", 1, 8)])
+    mixture = fixed_mixture([source, make_source(corpus, "b", 1, 8)])
+    assert mixture.names == ("a", "b") and mixture.shares(0) == (0.75, 0.25)
 
 
 def test_specs_may_be_mappings_or_objects(corpus, manifest):

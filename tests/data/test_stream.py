@@ -7,7 +7,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from cpt_mega.data.stream import MixedStream
+from cpt_mega.data.mixture import Mixture
+from cpt_mega.data.stream import EndOfData, MixedStream, Repetition
 from cpt_mega.data.stream_state import StreamState
 from cpt_mega.errors import InputError
 from tests.helpers.corpora import counting_corpus, make_source, write_corpus
@@ -67,7 +68,7 @@ def test_shares_stay_within_one_row_at_every_point(sources, weights, count):
     for _ in range(120):
         (ref,) = stream.next_batch(1)
         taken[ref.source_index] += stream.row_tokens(ref)
-        for index, weight in enumerate(stream.weights):
+        for index, weight in enumerate(stream.shares.values()):
             assert abs(taken[index] - weight * taken.total()) < S
 
 
@@ -78,7 +79,7 @@ def test_shares_stay_within_one_row_with_many_sources(tmp_path):
     stream, taken = MixedStream(mixture, S, seed=0), np.zeros(30)
     for _ in range(1000):
         taken[stream.next_batch(1)[0].source_index] += S
-        assert np.abs(taken - np.array(stream.weights) * taken.sum()).max() < S
+        assert np.abs(taken - np.array(list(stream.shares.values())) * taken.sum()).max() < S
 
 
 @given(
@@ -151,3 +152,155 @@ def test_bad_mixtures_are_refused(sources):
     for mixture in ([], sources[:1] * 2, [replace(sources[0], weight=0)]):
         with pytest.raises(InputError, match="data.sources"):
             MixedStream(mixture, S, seed=0)
+
+
+CURRICULA = st.lists(
+    st.tuples(st.integers(1, 600), st.lists(st.floats(0.02, 1), min_size=4, max_size=4)), min_size=1, max_size=4
+)
+
+
+def curriculum(sources, steps):
+    at, points = 0, []
+    for length, weights in steps:
+        at += length
+        points.append((at, {source.name: weight for source, weight in zip(sources, weights, strict=True)}))
+    return Mixture.of(points)
+
+
+@given(CURRICULA)
+def test_a_curriculum_is_followed_within_one_row_at_every_point(sources, steps):
+    mixture = curriculum(sources, steps)
+    stream, taken, total = MixedStream(sources, S, seed=0, mixture=mixture), Counter(), 0
+    for _ in range(150):
+        (ref,) = stream.next_batch(1)
+        tokens = stream.row_tokens(ref)
+        taken[ref.source_index], total = taken[ref.source_index] + tokens, total + tokens
+        for index in range(len(sources)):
+            assert abs(taken[index] - mixture.entitled(index, 0, total)) < S
+
+
+@given(CURRICULA, st.integers(0, 100))
+def test_a_curriculum_goes_on_from_any_place_and_repeats_or_skips_nothing(sources, steps, cut):
+    mixture = curriculum(sources, steps)
+    whole = MixedStream(sources, S, seed=1, mixture=mixture)
+    refs = whole.next_batch(140)
+    first = MixedStream(sources, S, seed=1, mixture=mixture)
+    before = first.next_batch(cut)
+    second = MixedStream(
+        sources, S, seed=1, mixture=mixture, state=StreamState.from_json(json.loads(json.dumps(first.state.to_json())))
+    )
+    assert before + second.next_batch(140 - cut) == refs
+    for name, rows in rows_by_source(whole, refs).items():
+        alone = [source for source in sources if source.name == name]
+        assert rows == [ref.row for ref in MixedStream(alone, S, seed=1).next_batch(len(rows))]
+
+
+def test_a_source_that_is_added_to_a_run_starts_at_its_beginning_and_moves_no_other(sources):
+    two = MixedStream(sources[:2], S, seed=0)
+    before = rows_by_source(two, two.next_batch(31))
+    three = MixedStream(sources[:3], S, seed=0, state=two.state)
+    after = rows_by_source(three, three.next_batch(60))
+    for source in sources[:3]:
+        alone = MixedStream([source], S, seed=0)
+        rows = before.get(source.name, []) + after[source.name]
+        assert rows and rows == [ref.row for ref in alone.next_batch(len(rows))]
+
+
+def test_a_decision_during_the_run_holds_through_a_restart_and_until_the_user_asks_for_another(sources):
+    stream = MixedStream(sources[:2], S, seed=0)
+    stream.next_batch(20)
+    stream.reweight({"a": 1, "b": 9})
+    assert stream.shares == pytest.approx({"a": 0.1, "b": 0.9})
+    again = MixedStream(sources[:2], S, seed=0, state=stream.state)
+    refs = stream.next_batch(100)
+    assert again.next_batch(100) == refs
+    tokens = [sum(stream.row_tokens(ref) for ref in refs if ref.source_index == index) for index in (0, 1)]
+    assert tokens[1] / sum(tokens) == pytest.approx(0.9, abs=S / sum(tokens))
+    asked = [replace(sources[0], weight=0.9), replace(sources[1], weight=0.1)]
+    assert MixedStream(asked, S, seed=0, state=stream.state).shares == pytest.approx({"a": 0.9, "b": 0.1})
+
+
+def test_a_share_may_be_taken_away_altogether(sources):
+    stream = MixedStream(sources[:2], S, seed=0)
+    stream.reweight({"a": 1, "b": 0})
+    assert {ref.source_index for ref in stream.next_batch(30)} == {0}
+    assert stream.shares == {"a": 1.0}
+    for weights in ({"a": 1}, {"a": 1, "b": 1, "x": 1}):
+        with pytest.raises(InputError, match="weights = '[bx]'"):
+            stream.reweight(weights)
+
+
+def test_going_back_draws_the_same_again(sources):
+    stream = MixedStream(sources, S, seed=0)
+    stream.next_batch(17)
+    state = stream.state
+    refs = stream.next_batch(30)
+    stream.go_on_from(state)
+    assert stream.next_batch(30) == refs
+
+
+@given(st.sets(st.integers(0, 18), max_size=12), st.integers(0, 60))
+def test_excluded_rows_are_stepped_past_and_no_other_row_moves(sources, excluded, cut):
+    rows = sources[0].plan.rows
+    excluded = {row for row in excluded if row < rows - 1}
+    plain = [ref.row for ref in MixedStream(sources[:1], S, seed=0).next_batch(100)]
+    stream = MixedStream(sources[:1], S, seed=0)
+    before = [ref.row for ref in stream.next_batch(cut)]
+    stream.exclude({"a": excluded})
+    stream = MixedStream(sources[:1], S, seed=0, state=StreamState.from_json(stream.state.to_json()))
+    after = [ref.row for ref in stream.next_batch(20)]
+    expected = [row for row in plain[cut:] if row not in excluded]
+    assert before == plain[:cut] and after[: len(expected)] == expected[: len(after)]
+
+
+def test_excluding_from_one_source_leaves_the_order_of_the_others(sources):
+    plain, stepping = (MixedStream(sources[:2], S, seed=0) for _ in range(2))
+    stepping.exclude({"a": [0, 1, 2]})
+    b = [rows_by_source(stream, stream.next_batch(40))["b"] for stream in (plain, stepping)]
+    assert b[0][:15] == b[1][:15]
+
+
+def test_what_cannot_be_excluded_is_said(sources):
+    stream, rows = MixedStream(sources[:1], S, seed=0), sources[0].plan.rows
+    for excluded, message in (
+        ({"x": [1]}, "excluded source = 'x'"),
+        ({"a": [rows]}, f"excluded row of a = {rows}.*rows 0 to {rows - 1}"),
+        ({"a": range(rows)}, "nothing is left"),
+    ):
+        with pytest.raises(InputError, match=message):
+            stream.exclude(excluded)
+
+
+def test_a_source_that_is_read_out_ends_the_run(sources):
+    stream = MixedStream(sources[:2], S, seed=0, repetition=Repetition(2))
+    drawn = Counter()
+    with pytest.raises(EndOfData, match="source [ab] has been read 2 times"):
+        for _ in range(1000):
+            drawn[stream.next_batch(1)[0].source_index] += 1
+    most = [2 * source.plan.rows for source in sources[:2]]
+    assert any(drawn[index] == most[index] for index in (0, 1)) and all(drawn[i] <= most[i] for i in (0, 1))
+    assert max(stream.epochs.values()) == 2
+
+
+def test_a_source_that_is_read_out_leaves_its_share_to_the_others(sources):
+    options = {"repetition": Repetition(1.5, "drop")}
+    stream = MixedStream(sources, S, seed=0, **options)
+    refs = []
+    with pytest.raises(EndOfData, match="no other is left"):
+        while True:
+            refs += stream.next_batch(1)
+    for index, source in enumerate(sources):
+        rows = [ref.row for ref in refs if ref.source_index == index]
+        alone = MixedStream([source], S, seed=0).next_batch(len(rows))
+        assert len(rows) == int(1.5 * source.plan.rows) and rows == [ref.row for ref in alone]
+    again = MixedStream(sources, S, seed=0, **options)
+    first = again.next_batch(len(refs) // 2)
+    restored = MixedStream(sources, S, seed=0, state=StreamState.from_json(again.state.to_json()), **options)
+    assert first + restored.next_batch(len(refs) - len(first)) == refs
+
+
+def test_a_row_far_out_is_found_at_once(sources):
+    """No order is stored: the cursor of a run over many epochs costs what that of the first costs."""
+    state = MixedStream(sources[:1], S, seed=0).state
+    state.sources["a"].rows_taken = 10**15
+    assert 0 <= MixedStream(sources[:1], S, seed=0, state=state).next_batch(1)[0].row < sources[0].plan.rows

@@ -1,22 +1,40 @@
 import pytest
 
+from cpt_mega.data.mixture import Mixture
 from cpt_mega.data.stream_state import SourceState, StreamState
 from cpt_mega.errors import InputError
 
+A = Mixture.fixed({"a": 1.0})
+
 
 def test_json_round_trip():
-    state = StreamState({"a": SourceState(3, 40, 10)}, {"a": 1.0})
+    halves = Mixture.of([(0, {"a": 1, "b": 3}), (100, {"a": 1, "b": 1})])
+    state = StreamState({"a": SourceState(3, 40, 10)}, halves, A, 10, {"a": [2, 5]})
     assert StreamState.from_json(state.to_json()) == state
+    assert StreamState.from_json(StreamState().to_json()) == StreamState()
 
 
-def test_new_weights_start_a_new_measure():
-    state = StreamState({"a": SourceState(3, 40), "gone": SourceState(1, 7)}, {"a": 1.0})
-    assert state.under({"a": 1.0}).sources["a"].tokens_under_weights == 40
-    changed = state.under({"a": 0.5, "new": 0.5})
+def test_another_mixture_starts_a_new_measure():
+    state = StreamState({"a": SourceState(3, 40), "gone": SourceState(1, 7)}, A, A)
+    assert state.under(A).sources["a"].tokens_under_mixture == 40
+    halves = Mixture.fixed({"a": 0.5, "new": 0.5})
+    changed = state.under(halves)
     assert changed.sources["a"] == SourceState(3, 40, 40)
     assert changed.sources["new"] == SourceState()
     assert changed.sources["gone"].tokens == 7
-    assert state.weights == {"a": 1.0}
+    assert (changed.configured, changed.in_effect, changed.since) == (halves, halves, 47)
+    assert state.configured == A and state.since == 0
+
+
+def test_what_was_decided_during_the_run_stays_until_something_else_is_asked_for():
+    state = StreamState().under(Mixture.fixed({"a": 1, "b": 1}))
+    state.enter(Mixture.fixed({"a": 9, "b": 1}))
+    assert state.under(Mixture.fixed({"a": 1, "b": 1})).in_effect == state.in_effect
+    asked = Mixture.fixed({"a": 1, "b": 2})
+    assert state.under(asked).in_effect == asked
+
+
+GOOD = {"sources": {}, "configured": None, "in_effect": None, "since": 0, "excluded": {}}
 
 
 @pytest.mark.parametrize(
@@ -25,12 +43,15 @@ def test_new_weights_start_a_new_measure():
         None,
         {},
         {"sources": {}},
-        {"sources": [], "weights": {}},
-        {"sources": {"a": {"rows_taken": -1}}, "weights": {}},
-        {"sources": {"a": {"rows_taken": "1"}}, "weights": {}},
-        {"sources": {"a": {"rows": 1}}, "weights": {}},
-        {"sources": {"a": 1}, "weights": {}},
-        {"sources": {}, "weights": {"a": "much"}},
+        GOOD | {"sources": []},
+        GOOD | {"sources": {"a": {"rows_taken": -1}}},
+        GOOD | {"sources": {"a": {"rows_taken": "1"}}},
+        GOOD | {"sources": {"a": {"rows": 1}}},
+        GOOD | {"sources": {"a": 1}},
+        GOOD | {"configured": [[0, {"a": "much"}]]},
+        GOOD | {"in_effect": [[]]},
+        GOOD | {"since": -1},
+        GOOD | {"excluded": {"a": ["x"]}},
     ],
 )
 def test_damage_is_refused(value):

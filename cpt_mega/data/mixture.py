@@ -1,0 +1,139 @@
+"""What share of the tokens each source has, as a function of the tokens drawn: fixed, or piecewise linear.
+
+A mixture holds no state. What a source is entitled to between two places of a run is the integral of its share, which has a
+closed form, so that an order drawn by it is the same however the run is cut into batches and restarts.
+"""
+
+import math
+from bisect import bisect_right
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+
+from cpt_mega.errors import InputError
+
+FIELD = "data.curriculum"
+
+
+@dataclass(frozen=True)
+class Mixture:
+    """Shares of sources.
+
+    Attributes:
+        names: of the sources.
+        points: ``(tokens of the run, share of each source)``, ascending from 0; shares sum to 1. Between two points
+            shares change linearly, behind the last one they stay.
+    """
+
+    names: tuple[str, ...]
+    points: tuple[tuple[int, tuple[float, ...]], ...]
+
+    @classmethod
+    def fixed(cls, weights: Mapping[str, float]) -> "Mixture":
+        """The same shares all the time; weights in any unit."""
+        return cls.of([(0, weights)])
+
+    @classmethod
+    def of(cls, points: Sequence[tuple[int, Mapping[str, float]]]) -> "Mixture":
+        """Shares at places of a run, in any unit; before the first they are what they are there.
+
+        Raises InputError when places do not ascend, names differ, or weights are no shares.
+        """
+        names = tuple(points[0][1])
+        for (before, _), (after, _) in pairwise(points):
+            if before >= after:
+                raise InputError(f"{FIELD} tokens", after, f"points ascend; this one follows {before}")
+        for tokens, weights in points:
+            _check(tokens, weights, names)
+        for index, name in enumerate(names):
+            if not any(list(weights.values())[index] for _, weights in points):
+                raise InputError(
+                    f"{FIELD} {name}", 0, "has no share anywhere; leave the source out to train without it"
+                )
+        shares = [(tokens, _normalised([weights[name] for name in names])) for tokens, weights in points]
+        start = [(0, shares[0][1])] if shares[0][0] > 0 else []
+        return cls(names, tuple(start + shares))
+
+    def shares(self, tokens: float) -> tuple[float, ...]:
+        """Share of each source at a place of the run."""
+        index = self._piece(tokens)
+        (begin, at), (end, then) = self.points[index], self._next(index)
+        if end == math.inf:
+            return at
+        part = (tokens - begin) / (end - begin)
+        return tuple(a + (b - a) * part for a, b in zip(at, then, strict=True))
+
+    def entitled(self, source: int, begin: float, end: float) -> float:
+        """Tokens that are due to a source, by its index, from one place of the run to another."""
+        return self._integral(source, end) - self._integral(source, begin)
+
+    def deadline(self, source: int, begin: float, amount: float) -> float:
+        """The last place of the run up to which no more tokens since ``begin`` are due to a source; infinite without one."""
+        wanted = amount + self._integral(source, begin)
+        index = bisect_right(self._sums(source), wanted) - 1
+        place, at = self.points[index][0], self.points[index][1][source]
+        left = wanted - self._sums(source)[index]
+        end, then = self._next(index)
+        slope = 0.0 if end == math.inf else (then[source] - at) / (end - place)
+        # at x + slope x^2 / 2 = left, in the form that loses no digits when the slope is small
+        root = math.sqrt(max(at * at + 2 * slope * left, 0.0))
+        if at + root == 0:  # no share here: none ever, or one that only begins to grow
+            return place if slope > 0 else math.inf
+        return place + 2 * left / (at + root)
+
+    def without(self, source: int) -> "Mixture":
+        """The others in their own proportions. Raises ValueError when nothing is left anywhere."""
+        names = self.names[:source] + self.names[source + 1 :]
+        rest = [(tokens, shares[:source] + shares[source + 1 :]) for tokens, shares in self.points]
+        if not any(any(shares) for _, shares in rest):
+            raise ValueError("no source is left")
+        # where nothing else has a share, as at the next place where something has
+        filled = [next(s for s in [shares, *(r for _, r in rest)] if any(s)) for _, shares in rest]
+        return Mixture(names, tuple((at, _normalised(s)) for (at, _), s in zip(rest, filled, strict=True)))
+
+    def to_json(self) -> list:
+        """Plain values; ``from_json`` gives the same mixture back."""
+        return [[tokens, dict(zip(self.names, shares, strict=True))] for tokens, shares in self.points]
+
+    @classmethod
+    def from_json(cls, value: list) -> "Mixture":
+        """Raises ValueError, KeyError or TypeError for what ``to_json`` does not make."""
+        names = tuple(map(str, value[0][1]))
+        points = tuple((int(at), tuple(float(shares[name]) for name in names)) for at, shares in value)
+        return cls(names, points)
+
+    def _piece(self, tokens: float) -> int:
+        return max(0, bisect_right(self.points, tokens, key=lambda point: point[0]) - 1)
+
+    def _next(self, index: int) -> tuple[float, tuple[float, ...]]:
+        return self.points[index + 1] if index + 1 < len(self.points) else (math.inf, self.points[index][1])
+
+    def _sums(self, source: int) -> list[float]:
+        """Tokens due to a source from the beginning of the run to each point."""
+        sums = [0.0]
+        for (begin, at), (end, then) in pairwise(self.points):
+            sums.append(sums[-1] + (end - begin) * (at[source] + then[source]) / 2)
+        return sums
+
+    def _integral(self, source: int, tokens: float) -> float:
+        index = self._piece(tokens)
+        begin, at = self.points[index]
+        return self._sums(source)[index] + (tokens - begin) * (at[source] + self.shares(tokens)[source]) / 2
+
+
+def _check(tokens: int, weights: Mapping[str, float], names: Sequence[str]) -> None:
+    if set(weights) != set(names):
+        odd = sorted(set(weights) ^ set(names))[0]
+        raise InputError(
+            f"{FIELD} weights", odd, f"every point gives a weight to each of {', '.join(names)}, and to no other"
+        )
+    for name, weight in weights.items():
+        if not (math.isfinite(weight) and weight >= 0):
+            raise InputError(f"{FIELD} {name}", weight, "a weight is a share of tokens, 0 or more")
+    if not sum(weights.values()):
+        raise InputError(f"{FIELD} tokens", tokens, "at this point no source has a share")
+
+
+def _normalised(weights: Sequence[float]) -> tuple[float, ...]:
+    total = sum(weights)
+    return tuple(weight / total for weight in weights)
