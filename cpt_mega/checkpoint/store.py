@@ -41,6 +41,7 @@ class TrainerState:
         step, tokens: optimizer steps done and tokens consumed.
         stream: the data state, as ``StreamState.to_json`` gives it.
         baseline: step-0 readings of the gates, ``{bucket: perplexity}``.
+        source_losses: training losses by source since the last decision on weights: ``{name: [sum, steps]}``.
         gate_stop: why a gate stopped the run here; empty otherwise. A later start judges again before it goes on.
         layout: the fields of the ``engine.mesh.Layout`` it was saved at.
         config: the resolved configuration it was saved under.
@@ -53,6 +54,7 @@ class TrainerState:
     tokens: int = 0
     stream: dict = field(default_factory=dict)
     baseline: dict = field(default_factory=dict)
+    source_losses: dict = field(default_factory=dict)
     gate_stop: str = ""
     layout: dict = field(default_factory=dict)
     config: dict = field(default_factory=dict)

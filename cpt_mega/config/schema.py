@@ -119,11 +119,18 @@ class CurriculumPoint(Section):
     weights: dict[str, float] = Field(description="share of tokens of each source, relative to the others; 0: none")
 
 
+class AdaptiveOptions(Section):
+    interval_tokens: PositiveInt | None = Field(None, description="tokens between decisions; none: weights stay")
+    strength: float = Field(1.0, ge=0, description="of a difference of one nat between sources of a role, as exponent")
+    bound: float = Field(2.0, ge=1, description="most that a share is multiplied or divided by within its role")
+
+
 class DataOptions(Section):
     sources: tuple[SourceOptions, ...] = Field((), description="corpora of the mixture")
     curriculum: tuple[CurriculumPoint, ...] = Field(
         (), description="weights that change with the tokens of the run, linearly between points; instead of fixed ones"
     )
+    adaptive: AdaptiveOptions = Field(AdaptiveOptions(), description="weights that follow the losses of sources")
     packing: Literal["best_fit", "concat"] = Field("best_fit", description="how documents fill rows")
     max_epochs: float | None = Field(None, gt=0, description="passes over any source at most; none: any number")
     at_max_epochs: Literal["stop", "drop"] = Field(

@@ -94,6 +94,11 @@ class MixedStream:
         mixture = self._state.in_effect
         return dict(zip(mixture.names, mixture.shares(self._total), strict=True))
 
+    def asked_shares(self, tokens: int) -> dict[str, float]:
+        """What share of the tokens the configuration asks for at a place of the run."""
+        mixture = self._state.configured
+        return dict(zip(mixture.names, mixture.shares(tokens), strict=True))
+
     @property
     def epochs(self) -> dict[str, float]:
         """How often each source has been read."""

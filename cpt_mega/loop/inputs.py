@@ -84,6 +84,9 @@ def mixture_of(config: Config, sources: Sequence[Source]) -> Mixture:
     points = config.data.curriculum
     if not points:
         return fixed_mixture(sources)
+    if config.data.adaptive.interval_tokens is not None:
+        fix = "weights follow a curriculum or the losses; leave one of data.curriculum and data.adaptive out"
+        raise InputError("data.adaptive.interval_tokens", config.data.adaptive.interval_tokens, fix)
     weighted = [option.name for option in config.data.sources if option.weight is not None]
     if weighted:
         raise InputError(

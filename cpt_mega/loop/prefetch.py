@@ -65,7 +65,8 @@ class Prefetcher:
 
     def rest(self) -> None:
         """Waits until the batch ahead is there; the thread then has nothing to do. Its error, if any, stays for ``next``."""
-        wait([self._ahead])
+        if not self._ahead.cancelled():  # waiting for one that was cancelled never ends
+            wait([self._ahead])
 
     def __enter__(self) -> "Prefetcher":
         return self

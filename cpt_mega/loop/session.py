@@ -26,7 +26,9 @@ from cpt_mega.loop.console import contract_table, fast_paths_table, make_console
 from cpt_mega.loop.housekeeping import Housekeeping, collected_together
 from cpt_mega.loop.inputs import Inputs, mean_shares, open_inputs, open_stream
 from cpt_mega.loop.profiling import Profiling
+from cpt_mega.loop.replay import data_entry
 from cpt_mega.loop.reporters import open_reporters
+from cpt_mega.loop.reweighting import AdaptiveWeights
 from cpt_mega.loop.run_folder import RunFolder
 from cpt_mega.loop.signals import StopRequest
 from cpt_mega.loop.start_up import StartUp
@@ -93,12 +95,16 @@ def _run_claimed(
         _introduce(console, config, inputs, restore, mesh, engine.fast_paths(), clock)
         place = {"step": state.step, "tokens": state.tokens, "mode": start.mode, "from": str(start.folder)}
         folder.decide({"kind": "restore", **place, "rows": restore.rows})
-    trainer = Trainer(config, engine, open_stream(config, inputs.sources, state.stream), state)
+    stream = open_stream(config, inputs.sources, state.stream)
+    if stream is not None:
+        folder.decide(data_entry(config, inputs.sources, state.step, stream.state.to_json()))
+    trainer = Trainer(config, engine, stream, state, decide=folder.decide)
     trainer.callbacks = [
         Logging(folder, reporters, console),
         Profiling(config.profile, folder.path, mesh.rank, console),
         Control(request, folder),
         Housekeeping(),
+        AdaptiveWeights(),
         Evaluation(inputs.sets, folder, reporters, console),
         Checkpoints(folder.path, start.folder, folder, console),
         status,

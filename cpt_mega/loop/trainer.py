@@ -2,7 +2,7 @@
 
 import math
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Protocol
@@ -14,6 +14,7 @@ from cpt_mega.data.stream import EndOfData, MixedStream, RowRef
 from cpt_mega.engine.step import Engine, PendingStep, StepResult
 from cpt_mega.errors import FaultError
 from cpt_mega.loop.prefetch import DrawnBatch, Prefetcher
+from cpt_mega.loop.replay import data_entry
 
 
 @dataclass(frozen=True)
@@ -72,6 +73,7 @@ class Trainer:
 
     Attributes:
         state: step, tokens, baseline; written into every checkpoint.
+        decide: writes a decision to the run's ledger.
         outcome: ``(state, reason)`` as ``status.json`` names them, once the run is to end.
         save_requested: whether a user asked for a checkpoint at this boundary.
     """
@@ -81,6 +83,7 @@ class Trainer:
     stream: MixedStream | None
     state: TrainerState
     callbacks: Sequence[Callback] = field(default_factory=tuple)
+    decide: Callable[[dict], None] = lambda line: None
     outcome: tuple[str, str] | None = None
     save_requested: bool = False
     _unsettled: _Launched | None = field(default=None, init=False)
@@ -137,14 +140,18 @@ class Trainer:
         for callback in self.callbacks:
             callback.on_report(self, report)
 
-    def reweight(self, weights: Mapping[str, float]) -> None:
+    def reweight(self, weights: Mapping[str, float], why: Mapping[str, object]) -> None:
         """Lets other shares of tokens take effect with the next step, until they are changed again or the run ends.
 
         For gates and other callbacks, at a boundary; all ranks must do so together. No row is repeated or skipped: the batch
-        that was read ahead is drawn anew. The decision is part of the data state, so a continued run has it too; who
-        decides writes down why (``RunFolder.decide``). Raises InputError as ``MixedStream.reweight`` does.
+        that was read ahead is drawn anew. The decision and ``why`` go to the ledger, and the data state has it from then on,
+        so a continued run has it too. Raises InputError as ``MixedStream.reweight`` does.
         """
         self.state.stream = self._batches.redraw(self.state.stream, lambda stream: stream.reweight(weights))
+        self.decide(
+            {"kind": "weights", "step": self.state.step, "tokens": self.state.tokens, "weights": weights, **why}
+        )
+        self.decide(data_entry(self.config, self.stream.sources, self.state.step, self.state.stream))
 
     def quiesce(self) -> None:
         """Settles, and waits until the thread that reads ahead is at rest: core forks when it saves, and a lock that a
@@ -166,7 +173,8 @@ class Trainer:
                 try:
                     launched = self._launch(batches)
                 except EndOfData as end:
-                    self.stop("finished", str(end))
+                    # the thread's result keeps the error, whose traceback would keep this frame, and with it the model
+                    self.stop("finished", str(end.with_traceback(None)))
                     break
                 self.settle()  # the step before, while this one is under way
                 self._unsettled = launched
@@ -176,6 +184,8 @@ class Trainer:
         except Exception as error:
             self._settle_after(error)
             raise
+        finally:
+            self._batches = None  # nothing is read ahead any more
 
     def _settle_after(self, error: Exception) -> None:
         """The last finished step is still reported; if its numbers were not finite, that is what went wrong first."""

@@ -1,0 +1,201 @@
+"""Which documents a run saw at which step: its order of training drawn again from what its ledger says.
+
+Nothing is stored for each step. The order is a pure function of the data state, and every place where that was set, the
+start of each session and each change of weights, is an entry of the ledger: ``{"kind": "data", ...}``.
+"""
+
+import json
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+
+import numpy as np
+
+from cpt_mega.config import Config
+from cpt_mega.data.indexed import IndexedCorpus
+from cpt_mega.data.packing import PACKING_VERSION
+from cpt_mega.data.plan_store import open_plan
+from cpt_mega.data.rows import PackedRow
+from cpt_mega.data.sources import Source, corpus_identity
+from cpt_mega.data.stream import MixedStream, Repetition, RowRef
+from cpt_mega.data.stream_state import StreamState
+from cpt_mega.errors import InputError
+from cpt_mega.loop.run_folder import LEDGER, STATUS
+
+KIND = "data"
+
+
+def data_entry(config: Config, sources: list[Source], step: int, state: dict) -> dict:
+    """The ledger's line about the data that follow a step. ``state``: JSON of the stream's state there."""
+    return {
+        "kind": KIND,
+        "step": step,
+        "sources": [
+            {"name": s.name, "role": s.role, "path": s.corpus.prefix, "identity": corpus_identity(s.corpus.prefix)}
+            for s in sources
+        ],
+        "packing": config.data.packing,
+        "packing_version": PACKING_VERSION,
+        "seq_length": config.train.seq_length,
+        "rows": config.train.global_batch_size,
+        "seed": config.train.seed,
+        "max_epochs": config.data.max_epochs,
+        "at_max_epochs": config.data.at_max_epochs,
+        "state": state,
+    }
+
+
+@dataclass(frozen=True)
+class SeenPiece:
+    """Some tokens of a document in a row: ``start`` to ``start + length`` of document ``document`` of the corpus."""
+
+    document: int
+    start: int
+    length: int
+
+
+@dataclass(frozen=True)
+class SeenRow:
+    """A row of a step.
+
+    Attributes:
+        source, row: which row of the plan of which source.
+        pieces: its documents, in order.
+        packed: its tokens, targets and mask as the model got them.
+    """
+
+    source: str
+    row: int
+    pieces: list[SeenPiece]
+    packed: PackedRow
+
+
+class Replay:
+    """The data of a run, from its folder.
+
+    Raises InputError when the folder is not a run's, a corpus is not the one it was trained on, or code that packs
+    otherwise wrote it.
+    """
+
+    def __init__(self, run_dir: str | Path):
+        self.run_dir = Path(run_dir)
+        self._entries = _entries(self.run_dir)
+        self.last_step = _last_step(self.run_dir)
+        self._opened: dict[tuple, list[Source]] = {}
+
+    def rows_of(self, step: int) -> list[SeenRow]:
+        """The rows of a step (from 1), in the order of the global batch. Raises InputError for a step not done yet."""
+        if not 1 <= step <= self.last_step:
+            raise InputError("--step", step, f"the run has done steps 1 to {self.last_step}")
+        entry = [entry for entry in self._entries if entry["step"] < step][-1]
+        stream = self._stream(entry)
+        ((_, refs),) = islice(_batches(stream, entry), step - 1 - entry["step"], step - entry["step"])
+        return [_seen(stream, ref) for ref in refs]
+
+    def when_seen(
+        self, source: str, document: int, progress: Callable[[int, int], None] = lambda done, total: None
+    ) -> Iterator[tuple[int, int, SeenPiece]]:
+        """``(step, place in the batch, piece)`` of every time that a document was trained on.
+
+        ``progress(steps, of all)`` tells how far it is. Raises InputError for a source or document that is not there.
+        """
+        ends = [*(entry["step"] for entry in self._entries[1:]), self.last_step]
+        for entry, end in zip(self._entries, ends, strict=True):
+            stream = self._stream(entry)
+            names = [one.name for one in stream.sources]
+            if source not in names:
+                raise InputError(
+                    "--document", source, f"the run has no such source; its sources are {', '.join(names)}"
+                )
+            index = names.index(source)
+            rows = _rows_with(stream.sources[index], document)
+            for step, refs in islice(_batches(stream, entry), end - entry["step"]):
+                progress(step, self.last_step)
+                for place, ref in enumerate(refs):
+                    for piece in rows.get(ref.row, ()) if ref.source_index == index else ():
+                        yield step, place, piece
+
+    def _stream(self, entry: dict) -> MixedStream:
+        state = StreamState.from_json(entry["state"])
+        repetition = Repetition(entry["max_epochs"], entry["at_max_epochs"])
+        return MixedStream(
+            self._sources(entry),
+            entry["seq_length"],
+            entry["seed"],
+            state,
+            mixture=state.configured,
+            repetition=repetition,
+        )
+
+    def _sources(self, entry: dict) -> list[Source]:
+        key = (json.dumps(entry["sources"]), entry["seq_length"], entry["packing"])
+        if key not in self._opened:
+            self._opened[key] = [_open(spec, entry) for spec in entry["sources"]]
+        return self._opened[key]
+
+
+def _entries(run_dir: Path) -> list[dict]:
+    """Where the data state was set, by ascending steps: what a later session did again is not the run's any more."""
+    path = run_dir / LEDGER
+    if not path.is_file():
+        raise InputError("--run", str(run_dir), f"holds no {LEDGER}: name the run.dir of a run")
+    entries: list[dict] = []
+    for line in path.read_text().splitlines():
+        entry = json.loads(line)
+        if entry.get("kind") == KIND:
+            entries = [earlier for earlier in entries if earlier["step"] < entry["step"]] + [entry]
+    if not entries:
+        raise InputError(
+            "--run", str(run_dir), "its ledger says nothing about data: it was an evaluation, or older code's"
+        )
+    return entries
+
+
+def _last_step(run_dir: Path) -> int:
+    """The last step whose numbers are known."""
+    steps = [0]
+    for name in ("metrics.jsonl", STATUS):
+        if (run_dir / name).is_file():
+            lines = (run_dir / name).read_text()
+            found = map(json.loads, lines.splitlines()) if name.endswith("l") else [json.loads(lines)]
+            steps += [line.get("step") or 0 for line in found]
+    return max(steps)
+
+
+def _open(spec: dict, entry: dict) -> Source:
+    if entry["packing_version"] != PACKING_VERSION:
+        fix = f"this code packs by version {PACKING_VERSION}; look with the code that the run was made with"
+        raise InputError("packing of the run", f"version {entry['packing_version']}", fix)
+    corpus = IndexedCorpus(spec["path"])
+    if corpus_identity(spec["path"]) != spec["identity"]:
+        fix = f"is not the corpus that the run was trained on ({spec['identity'][:12]}); bring that one back"
+        raise InputError(f"source {spec['name']}", spec["path"], fix)
+    return Source(spec["name"], spec["role"], corpus, open_plan(corpus, entry["seq_length"], entry["packing"]), 1.0)
+
+
+def _batches(stream: MixedStream, entry: dict) -> Iterator[tuple[int, list[RowRef]]]:
+    """The steps after an entry, and their rows."""
+    step = entry["step"]
+    while True:
+        step += 1
+        yield step, stream.next_batch(entry["rows"])
+
+
+def _seen(stream: MixedStream, ref: RowRef) -> SeenRow:
+    source = stream.sources[ref.source_index]
+    pieces = [SeenPiece(*piece) for piece in source.plan.pieces(ref.row)]
+    return SeenRow(source.name, ref.row, pieces, stream.read(ref))
+
+
+def _rows_with(source: Source, document: int) -> dict[int, list[SeenPiece]]:
+    """The rows of a plan that hold a document, and its pieces there."""
+    if not 0 <= document < source.corpus.documents:
+        fix = f"the corpus of {source.name} holds documents 0 to {source.corpus.documents - 1}"
+        raise InputError("--document", f"{source.name}:{document}", fix)
+    plan, rows = source.plan, {}
+    for piece in np.flatnonzero(plan.document == document).tolist():
+        row = int(np.searchsorted(plan.row_offsets, piece, side="right")) - 1
+        found = SeenPiece(document, int(plan.start[piece]), int(plan.length[piece]))
+        rows.setdefault(row, []).append(found)
+    return rows

@@ -1,0 +1,146 @@
+"""The data of a run: what is asked for takes effect, what is decided stays decided, and what was seen can be told."""
+
+import json
+
+import pytest
+import yaml
+
+from cpt_mega.errors import InputError
+from cpt_mega.loop.replay import Replay
+from tests.helpers.jobsite import metrics, status, write_documents
+from tests.helpers.workers import JobFailed
+
+CURRICULUM = (
+    "data.curriculum=[{tokens: 0, weights: {domain: 1, replay: 3}}, {tokens: 1000, weights: {domain: 1, replay: 0}}]"
+)
+ADAPTIVE = ["data.adaptive.interval_tokens=300", "data.adaptive.strength=40"]
+
+
+def run_of(workers, jobsite, run, *overrides, world=1):
+    words = [f"run.dir={run}", "eval.sets=[]", *overrides]
+    return workers(world).run("train", config=jobsite.config, overrides=words)[0]
+
+
+def ledger(run, kind):
+    lines = map(json.loads, (run / "ledger.jsonl").read_text().splitlines())
+    return [line for line in lines if line["kind"] == kind]
+
+
+def seen(run):
+    replay = Replay(run)
+    return [[(row.source, row.row) for row in replay.rows_of(step)] for step in range(1, replay.last_step + 1)]
+
+
+@pytest.fixture(scope="module")
+def two_domains(jobsite, tmp_path_factory):
+    """Sources of one role on which the model's losses differ: one repeats a token, which is learnt at once."""
+    folder = tmp_path_factory.mktemp("domains")
+    write_documents(folder / "same", [[7] * 20 + [0] for _ in range(60)])
+    specs = [
+        {"name": "same", "path": str(folder / "same"), "role": "domain"},
+        {"name": "domain", "path": f"{jobsite.folder}/domain", "role": "domain"},
+        {"name": "replay", "path": f"{jobsite.folder}/replay", "role": "replay"},
+    ]
+    return "data.sources=" + yaml.safe_dump(specs, default_flow_style=True, width=10**6).strip()
+
+
+def test_the_mixture_follows_a_curriculum(workers, jobsite, tmp_path):
+    run_of(workers, jobsite, tmp_path / "run", CURRICULUM)
+    lines = metrics(tmp_path / "run", "train")
+    first, last = lines[0]["tokens_by_source"], lines[-1]["tokens_by_source"]
+    assert first["replay"] > 1.5 * first["domain"]
+    gained = {name: last[name] - lines[-2]["tokens_by_source"][name] for name in last}
+    assert gained["domain"] > 5 * gained["replay"]
+    assert last["replay"] == pytest.approx(375, abs=64)  # of the first 1,000 tokens: the mean of 3/4 and 0 is 3/8
+
+
+def test_a_source_that_is_read_out_ends_the_run(workers, jobsite, tmp_path):
+    state, reason = run_of(workers, jobsite, tmp_path / "run", "data.max_epochs=0.3", "train.tokens=100000")
+    assert state == "finished" and "source domain has been read 0.3 times (data.max_epochs)" in reason
+    assert status(tmp_path / "run")["step"] == metrics(tmp_path / "run", "train")[-1]["step"] > 0
+
+
+@pytest.mark.parametrize("world", [1, 2])
+def test_weights_follow_the_losses_and_a_stopped_run_goes_on_bit_for_bit(
+    workers, jobsite, tmp_path, two_domains, world
+):
+    overrides = (two_domains, *ADAPTIVE, "train.tokens=1500")
+    run_of(workers, jobsite, tmp_path / "through", *overrides, world=world)
+    decided = ledger(tmp_path / "through", "weights")
+    assert len(decided) >= 3 and decided[0]["by"] == "data.adaptive"
+    assert decided[-1]["weights"]["domain"] > 1.5 * decided[-1]["weights"]["same"]
+    assert all(line["weights"]["replay"] == pytest.approx(0.2) for line in decided)
+
+    (tmp_path / "cut").mkdir()
+    for _ in range(3):
+        (tmp_path / "cut" / "STOP").touch()
+        assert run_of(workers, jobsite, tmp_path / "cut", *overrides, world=world)[0] == "preempted"
+    assert run_of(workers, jobsite, tmp_path / "cut", *overrides, world=world)[0] == "finished"
+    runs = [metrics(tmp_path / name, "train") for name in ("through", "cut")]
+    assert [[line["loss"], line["tokens_by_source"]] for line in runs[0]] == [
+        [line["loss"], line["tokens_by_source"]] for line in runs[1]
+    ]
+    assert [line["weights"] for line in ledger(tmp_path / "cut", "weights")] == [line["weights"] for line in decided]
+    assert seen(tmp_path / "cut") == seen(tmp_path / "through")
+
+
+def test_every_step_can_be_told_as_it_was(workers, jobsite, tmp_path):
+    """Rows by the ledger give the tokens that each source is said to have had; documents are found again where they were."""
+    run = tmp_path / "run"
+    run_of(workers, jobsite, run)
+    replay, before = Replay(run), {}
+    for line in metrics(run, "train"):
+        rows = replay.rows_of(line["step"])
+        now = dict(before)
+        for row in rows:
+            now[row.source] = now.get(row.source, 0) + sum(piece.length for piece in row.pieces)
+            assert sum(row.packed.doc_lengths) == 32
+        assert now == {name: tokens for name, tokens in line["tokens_by_source"].items() if tokens}
+        before = now
+    third = replay.rows_of(3)[5]
+    found = list(replay.when_seen(third.source, third.pieces[0].document))
+    assert (3, 5, third.pieces[0]) in found
+    for step, place, piece in found:
+        assert piece in replay.rows_of(step)[place].pieces
+
+
+def test_excluded_rows_are_not_seen_and_the_others_stay_in_order(workers, jobsite, tmp_path):
+    run_of(workers, jobsite, tmp_path / "plain")
+    plain = [ref for step in seen(tmp_path / "plain") for ref in step]
+    bad = [row for source, row in plain[8:12] if source == "domain"]
+    run_of(workers, jobsite, tmp_path / "without", f"data.exclude={{domain: {bad}}}")
+    stepped = [ref for step in seen(tmp_path / "without") for ref in step]
+    assert bad and not {("domain", row) for row in bad} & set(stepped)
+    expected = [ref for ref in plain if ref[0] == "domain" and ref[1] not in bad]
+    assert [ref for ref in stepped if ref[0] == "domain"][: len(expected)] == expected
+
+
+def test_what_cannot_be_told_is_said(workers, jobsite, tmp_path):
+    run_of(workers, jobsite, tmp_path / "run")
+    replay = Replay(tmp_path / "run")
+    with pytest.raises(InputError, match=f"--step = {replay.last_step + 1}.*steps 1 to {replay.last_step}"):
+        replay.rows_of(replay.last_step + 1)
+    with pytest.raises(InputError, match="no such source; its sources are domain, replay"):
+        list(replay.when_seen("x", 0))
+    with pytest.raises(InputError, match="holds documents 0 to 59"):
+        list(replay.when_seen("domain", 60))
+    with pytest.raises(InputError, match="name the run.dir of a run"):
+        Replay(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("data.curriculum=[{tokens: 0, weights: {x: 1}}]", "data.curriculum weights = 'x': no such source"),
+        ("data.exclude={domain: [99999]}", "excluded row of domain = 99999"),
+        ("data.exclude={x: [1]}", "excluded source = 'x'"),
+    ],
+)
+def test_what_does_not_fit_the_sources_is_refused_before_the_run(workers, jobsite, tmp_path, override, message):
+    with pytest.raises(JobFailed, match=message):
+        run_of(workers, jobsite, tmp_path / "run", override)
+
+
+def test_a_curriculum_and_the_losses_do_not_both_decide(workers, jobsite, tmp_path):
+    with pytest.raises(JobFailed, match="leave one of data.curriculum and data.adaptive out"):
+        run_of(workers, jobsite, tmp_path / "run", CURRICULUM, *ADAPTIVE)
