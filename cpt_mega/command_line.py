@@ -1,11 +1,20 @@
-"""What command-line tools share: a progress bar over bytes, a table, exit codes."""
+"""What command-line tools share: progress bars, a table, exit codes."""
 
 import contextlib
 import sys
 from collections.abc import Callable, Iterator, Mapping
 
 from rich.console import Console
-from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
+from rich.progress import (
+    BarColumn,
+    DownloadColumn,
+    MofNCompleteColumn,
+    Progress,
+    ProgressColumn,
+    TextColumn,
+    TimeRemainingColumn,
+    TransferSpeedColumn,
+)
 from rich.table import Table
 
 from cpt_mega.errors import CptMegaError
@@ -16,8 +25,21 @@ INTERRUPTED = 130  # 128 + SIGINT, as shells have it
 @contextlib.contextmanager
 def bytes_progress(title: str) -> Iterator[Callable[[int, int], None]]:
     """Yields ``progress(bytes_done, bytes_in_all)``; drawn on standard error, and only on a terminal."""
+    with _progress(title, DownloadColumn(), TransferSpeedColumn()) as progress:
+        yield progress
+
+
+@contextlib.contextmanager
+def steps_progress(title: str) -> Iterator[Callable[[int, int], None]]:
+    """Yields ``progress(steps_done, steps_in_all)``; drawn on standard error, and only on a terminal."""
+    with _progress(title, MofNCompleteColumn()) as progress:
+        yield progress
+
+
+@contextlib.contextmanager
+def _progress(title: str, *amounts: ProgressColumn) -> Iterator[Callable[[int, int], None]]:
     console = Console(stderr=True)
-    columns = (TextColumn(title), BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn())
+    columns = (TextColumn(title), BarColumn(), *amounts, TimeRemainingColumn())
     with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
         task = bar.add_task(title, total=None)
         yield lambda done, total: bar.update(task, completed=done, total=total)

@@ -1,28 +1,39 @@
 #!/usr/bin/env python
-"""What is in a corpus: counts and documents as text; --verify checks it, --write-manifest describes Megatron-LM's files."""
+"""What is in a corpus: counts and documents as text; --verify checks it, --write-manifest describes Megatron-LM's files.
+
+With --run: which documents a run saw at a step, and at which steps it saw a document.
+"""
 
 import argparse
 import importlib.util
 import json
 import shlex
 import sys
+from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
 
 if importlib.util.find_spec("cpt_mega") is None:  # run from a checkout that is not installed
     sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from cpt_mega.command_line import bytes_progress, print_table, run_tool  # noqa: E402
+from cpt_mega.command_line import bytes_progress, print_table, run_tool, steps_progress  # noqa: E402
 from cpt_mega.data import inspection  # noqa: E402
 from cpt_mega.data.indexed import IndexedCorpus  # noqa: E402
 from cpt_mega.data.manifest import load_manifest, manifest_path  # noqa: E402
+from cpt_mega.data.tokenizer import TextTokenizer  # noqa: E402
 from cpt_mega.errors import InputError  # noqa: E402
 
 
 def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("prefix", metavar="PREFIX", help="path of the corpus without .bin and .idx")
-    parser.add_argument("--document", type=int, metavar="I", help="show document I (from 0): text, or ids alone")
+    parser.add_argument("prefix", metavar="PREFIX", nargs="?", help="path of the corpus without .bin and .idx")
+    parser.add_argument(
+        "--document",
+        metavar="I",
+        help="show document I (from 0): text, or ids alone; with --run, SOURCE:I: at which steps it was seen",
+    )
+    parser.add_argument("--run", metavar="RUN", help="a run.dir instead of PREFIX")
+    parser.add_argument("--step", type=int, metavar="K", help="with --run: the rows of step K (from 1)")
     parser.add_argument("--tokenizer", metavar="DIR_OR_MODEL", help="turns ids into text; must be the corpus' own")
     parser.add_argument(
         "--verify", action="store_true", help="check digests, ids, EOS and sources; exit code 2 if wrong"
@@ -34,16 +45,87 @@ def parse_arguments() -> argparse.Namespace:
 
 def main() -> None:
     arguments = parse_arguments()
+    if (arguments.prefix is None) == (arguments.run is None):
+        raise InputError("PREFIX", arguments.prefix, "name a corpus, or a run with --run")
+    if arguments.run is not None:
+        inspect_run(arguments)
+        return
     prefix = arguments.prefix.removesuffix(".bin").removesuffix(".idx")
     corpus = IndexedCorpus(prefix)
     if arguments.write_manifest:
         write_manifest(corpus, arguments.tokenizer)
     if arguments.document is not None:
-        show_document(corpus, arguments)
+        show_document(corpus, document_number(arguments.document), arguments)
     elif arguments.verify:
         verify(corpus, arguments.json)
     else:
         show_summary(inspection.summarise(corpus), arguments.json)
+
+
+def document_number(word: str) -> int:
+    """Raises InputError for what is no number."""
+    if not word.isdecimal():
+        raise InputError("--document", word, "give a number from 0; SOURCE:I goes with --run")
+    return int(word)
+
+
+def inspect_run(arguments: argparse.Namespace) -> None:
+    """The rows of a step, or the steps of a document."""
+    from cpt_mega.loop.replay import Replay
+
+    if (arguments.step is None) == (arguments.document is None):
+        raise InputError("--run", arguments.run, "add --step K, or --document SOURCE:I")
+    replay = Replay(arguments.run)
+    if arguments.step is not None:
+        show_step(replay, arguments)
+        return
+    source, _, number = arguments.document.rpartition(":")
+    if not source:
+        raise InputError("--document", arguments.document, "give SOURCE:I, as domain:17")
+    with steps_progress("drawing the run again") as progress:
+        found = list(replay.when_seen(source, document_number(number), progress))
+    if arguments.json:
+        seen = [{"step": step, "place": place, **asdict(piece)} for step, place, piece in found]
+        print(json.dumps({"document": arguments.document, "steps_done": replay.last_step, "seen": seen}))
+        return
+    print(f"document {number} of {source}: seen {len(found)} times in {replay.last_step:,} steps")
+    for step, place, piece in found:
+        print(f"  step {step}, row {place}: tokens {piece.start:,} to {piece.start + piece.length:,}")
+
+
+def show_step(replay, arguments: argparse.Namespace) -> None:
+    """Each row of a step: its source and documents, and their text when there is a tokenizer."""
+    tokenizer = TextTokenizer.load(arguments.tokenizer) if arguments.tokenizer else None
+    rows = replay.rows_of(arguments.step)
+    if arguments.json:
+        print(json.dumps({"step": arguments.step, "rows": [as_json(row, tokenizer) for row in rows]}))
+        return
+    print(f"step {arguments.step} of {replay.last_step:,}: {len(rows)} rows")
+    for place, row in enumerate(rows):
+        counted = int(row.packed.loss_mask.sum())
+        print(f"row {place}: row {row.row} of {row.source}, {len(row.pieces)} documents, {counted:,} targets")
+        for piece, ids in pieces_of(row):
+            text = " ".join(map(str, ids[:12])) if tokenizer is None else repr(tokenizer.decode(ids)[:60])
+            span = f"tokens {piece.start:,} to {piece.start + piece.length:,}"
+            print(f"  document {piece.document}, {span}: {text}")
+
+
+def as_json(row, tokenizer: TextTokenizer | None) -> dict:
+    """A row with the tokens and the mask of each document."""
+    mask, documents, at = row.packed.loss_mask.astype(int).tolist(), [], 0
+    for piece, ids in pieces_of(row):
+        text = tokenizer and tokenizer.decode(ids)
+        documents.append({**asdict(piece), "ids": ids, "mask": mask[at : at + piece.length], "text": text})
+        at += piece.length
+    return {"source": row.source, "row": row.row, "documents": documents, "padding": len(mask) - at}
+
+
+def pieces_of(row) -> Iterator[tuple]:
+    """Each piece of a row and its token ids."""
+    at = 0
+    for piece in row.pieces:
+        yield piece, row.packed.ids[at : at + piece.length].tolist()
+        at += piece.length
 
 
 def write_manifest(corpus: IndexedCorpus, tokenizer: str | None) -> None:
@@ -58,15 +140,15 @@ def write_manifest(corpus: IndexedCorpus, tokenizer: str | None) -> None:
     print(f"written: {manifest_path(corpus.prefix)}", file=sys.stderr)
 
 
-def show_document(corpus: IndexedCorpus, arguments: argparse.Namespace) -> None:
+def show_document(corpus: IndexedCorpus, document: int, arguments: argparse.Namespace) -> None:
     """One document, as text when there is a tokenizer."""
-    ids = inspection.document_ids(corpus, arguments.document)
+    ids = inspection.document_ids(corpus, document)
     tokenizer = inspection.load_own_tokenizer(corpus, arguments.tokenizer) if arguments.tokenizer else None
     text = tokenizer.decode(ids) if tokenizer else None
     if arguments.json:
-        print(json.dumps({"document": arguments.document, "ids": ids, "text": text}))
+        print(json.dumps({"document": document, "ids": ids, "text": text}))
         return
-    print(f"document {arguments.document} of {corpus.documents:,}, {len(ids):,} tokens")
+    print(f"document {document} of {corpus.documents:,}, {len(ids):,} tokens")
     print(" ".join(map(str, ids)) if text is None else text)
 
 

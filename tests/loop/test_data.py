@@ -1,6 +1,9 @@
 """The data of a run: what is asked for takes effect, what is decided stays decided, and what was seen can be told."""
 
 import json
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import yaml
@@ -10,6 +13,7 @@ from cpt_mega.loop.replay import Replay
 from tests.helpers.jobsite import metrics, status, write_documents
 from tests.helpers.workers import JobFailed
 
+TOOL = Path(__file__).resolve().parents[2] / "tools" / "inspect_data.py"
 CURRICULUM = (
     "data.curriculum=[{tokens: 0, weights: {domain: 1, replay: 3}}, {tokens: 1000, weights: {domain: 1, replay: 0}}]"
 )
@@ -102,6 +106,37 @@ def test_every_step_can_be_told_as_it_was(workers, jobsite, tmp_path):
     assert (3, 5, third.pieces[0]) in found
     for step, place, piece in found:
         assert piece in replay.rows_of(step)[place].pieces
+
+
+def test_the_tool_tells_it(workers, jobsite, tmp_path):
+    run_of(workers, jobsite, tmp_path / "run")
+
+    def tool(*words):
+        command = [sys.executable, str(TOOL), "--run", str(tmp_path / "run"), *words]
+        return subprocess.run(command, capture_output=True, text=True, timeout=60)
+
+    rows = Replay(tmp_path / "run").rows_of(2)
+    told = json.loads(tool("--step", "2", "--json").stdout)["rows"]
+    assert [(row["source"], row["row"]) for row in told] == [(row.source, row.row) for row in rows]
+    first, packed = told[0]["documents"], rows[0].packed
+    assert [token for document in first for token in document["ids"]] == packed.ids[: 32 - told[0]["padding"]].tolist()
+    assert [flag for document in first for flag in document["mask"]] == packed.loss_mask[
+        : 32 - told[0]["padding"]
+    ].tolist()
+    name = f"{rows[0].source}:{first[0]['document']}"
+    seen = json.loads(tool("--document", name, "--json").stdout)["seen"]
+    assert {"step": 2, "place": 0, **{key: first[0][key] for key in ("document", "start", "length")}} in seen
+    text = tool("--step", "2").stdout
+    assert "step 2 of" in text and f"row 0: row {rows[0].row} of {rows[0].source}" in text
+    assert "tokens" in tool("--document", name).stdout.splitlines()[1]
+    for words, message in (
+        (["--step", "2000"], "--step = 2000"),
+        ([], "add --step K, or --document SOURCE:I"),
+        (["--document", "17"], "give SOURCE:I"),
+        (["--document", "domain:x"], "--document = 'x': give a number"),
+    ):
+        refused = tool(*words)
+        assert refused.returncode == 2 and message in refused.stderr
 
 
 def test_excluded_rows_are_not_seen_and_the_others_stay_in_order(workers, jobsite, tmp_path):
