@@ -28,6 +28,7 @@ HEADER = struct.Struct("<9sQBQQ")
 DTYPES = {1: np.uint8, 2: np.int8, 3: np.int16, 4: np.int32, 5: np.int64, 8: np.uint16}
 CODES = {np.dtype(dtype): code for code, dtype in DTYPES.items()}
 UINT16_VOCAB_LIMIT = 65500  # megatron-core's own limit (DType.optimal_dtype)
+BLOCK_DOCUMENTS = 1 << 20  # whose lengths are looked at at once
 BLOCK_TOKENS = 1 << 22  # of a block that is read, hashed or written at once
 
 
@@ -93,8 +94,20 @@ class IndexedCorpus:
 
     @cached_property
     def document_lengths(self) -> np.ndarray:
-        """Tokens of each document, int64 [documents]."""
-        return np.concatenate([np.diff(shard.starts) for shard in self.shards])
+        """Tokens of each document, int64 [documents]; held from then on, which for very many documents is much."""
+        return np.concatenate(list(self.length_blocks()))
+
+    def length_blocks(self) -> Iterator[np.ndarray]:
+        """``document_lengths`` in blocks that are not kept."""
+        for shard in self.shards:
+            yield np.empty(0, np.int64)
+            for low in range(0, shard.documents, BLOCK_DOCUMENTS):
+                yield np.diff(shard.starts(low, min(low + BLOCK_DOCUMENTS, shard.documents)))
+
+    def length_of(self, document: int) -> int:
+        """Tokens of one document. Raises InputError when there is none of that number."""
+        shard, within = self._shard_of(document)
+        return shard.start(within + 1) - shard.start(within)
 
     @cached_property
     def ends(self) -> tuple[np.ndarray, np.ndarray]:
@@ -132,30 +145,49 @@ class IndexedCorpus:
                 shard.add_to(digest, low, high)
         return digest.hexdigest()
 
-    def _place(self, document: int, start: int, length: int) -> tuple["_Shard", int]:
-        """The shard a document is in, and the place of its token ``start`` there."""
+    def _shard_of(self, document: int) -> tuple["_Shard", int]:
+        """The shard a document is in, and its number there."""
         if not 0 <= document < self.documents:
             raise InputError(f"{self.prefix}.idx document", document, f"the corpus holds {self.documents} documents")
         index = bisect_right(self._first_documents, document) - 1
-        shard, within = self.shards[index], document - self._first_documents[index]
-        first = int(shard.starts[within]) + start
-        if start < 0 or length < 0 or first + length > shard.starts[within + 1]:
-            fix = f"document {document} holds {self.document_lengths[document]} tokens; plan over this very corpus"
+        return self.shards[index], document - self._first_documents[index]
+
+    def _place(self, document: int, start: int, length: int) -> tuple["_Shard", int]:
+        """The shard a document is in, and the place of its token ``start`` there."""
+        shard, within = self._shard_of(document)
+        first = shard.start(within) + start
+        if start < 0 or length < 0 or first + length > shard.start(within + 1):
+            fix = f"document {document} holds {self.length_of(document)} tokens; plan over this very corpus"
             raise InputError(f"{self.prefix}.idx range", (start, length), fix)
         return shard, first
 
 
 class _Shard:
-    """One ``.bin`` and ``.idx``, with its ``.mask.bin`` if there is one; ``starts[i]`` is the first token of document i."""
+    """One ``.bin`` and ``.idx``, with its ``.mask.bin`` if there is one.
+
+    The index stays on disk, mapped: for a hundred million documents it is gigabytes, in each process of a machine.
+    """
 
     def __init__(self, prefix: str):
         self.prefix = prefix
-        self.dtype, lengths, offsets, document_indices = _read_index(prefix)
-        edges = np.append(offsets // self.dtype.itemsize, lengths.sum(dtype=np.int64))  # one more closes the last
-        self.starts = edges[document_indices]
-        self.tokens, self.documents = int(edges[-1]), len(document_indices) - 1
+        self.dtype, self._offsets, self._sequences, self.tokens = _read_index(prefix)
+        self.documents = len(self._sequences) - 1
         self.ids = _mapped(corpus_files(prefix)[0], self.dtype, self.tokens)
         self.mask = self._open_mask(mask_path(prefix))
+
+    def start(self, document: int) -> int:
+        """The first token of a document; that of the one behind the last is the number of tokens."""
+        sequence = int(self._sequences[document])
+        return int(self._offsets[sequence]) // self.dtype.itemsize if sequence < len(self._offsets) else self.tokens
+
+    def starts(self, low: int, high: int) -> np.ndarray:
+        """``start`` of documents ``low`` to ``high``, this one included, int64."""
+        sequences = self._sequences[low : high + 1]
+        behind = sequences == len(self._offsets)
+        if behind.all():
+            return np.full(len(sequences), self.tokens, np.int64)
+        starts = self._offsets[np.where(behind, 0, sequences)] // self.dtype.itemsize
+        return np.where(behind, self.tokens, starts)
 
     def _open_mask(self, path: Path) -> np.ndarray | None:
         if not path.is_file():
@@ -167,8 +199,9 @@ class _Shard:
 
     def ends(self) -> tuple[np.ndarray, np.ndarray]:
         """See IndexedCorpus."""
-        found, filled = [], np.diff(self.starts) > 0
-        for places in (self.starts[:-1], self.starts[1:] - 1):
+        starts = self.starts(0, self.documents)
+        found, filled = [], np.diff(starts) > 0
+        for places in (starts[:-1], starts[1:] - 1):
             tokens = np.full(self.documents, -1, np.int64)
             tokens[filled] = self.ids[places[filled]]
             found.append(tokens)
@@ -176,11 +209,12 @@ class _Shard:
 
     def add_to(self, digest: "PartDigest", low: int, high: int) -> None:
         """Documents ``low`` to ``high`` of this shard."""
-        lengths = np.diff(self.starts[low : high + 1])
-        for first in range(int(self.starts[low]), int(self.starts[high]), BLOCK_TOKENS):
-            last = min(first + BLOCK_TOKENS, int(self.starts[high]))
+        starts = self.starts(low, high)
+        end = int(starts[-1])
+        for first in range(int(starts[0]), end, BLOCK_TOKENS):
+            last = min(first + BLOCK_TOKENS, end)
             digest.add(self.ids[first:last], None if self.mask is None else self.mask[first:last])
-        digest.add_lengths(lengths)
+        digest.add_lengths(np.diff(starts))
 
 
 class PartDigest:
@@ -236,8 +270,8 @@ def shard_prefixes(prefix: str) -> list[str]:
     return [str(path.parent / name) for name in names]
 
 
-def _read_index(prefix: str) -> tuple[np.dtype, np.ndarray, np.ndarray, np.ndarray]:
-    """Dtype, lengths [S], offsets [S] and document indices [D], checked against each other and against the files."""
+def _read_index(prefix: str) -> tuple[np.dtype, np.ndarray, np.ndarray, int]:
+    """Dtype, offsets [S] and document indices [D], mapped and checked against each other and the files; tokens in all."""
     bin_path, idx_path = corpus_files(prefix)
     for path in (bin_path, idx_path):
         if not path.is_file():
@@ -250,9 +284,9 @@ def _read_index(prefix: str) -> tuple[np.dtype, np.ndarray, np.ndarray, np.ndarr
     lengths = np.frombuffer(raw, "<i4", sequences, lengths_at)
     offsets = np.frombuffer(raw, "<i8", sequences, offsets_at)
     document_indices = np.frombuffer(raw, "<i8", indices, offsets_at + 8 * sequences)
-    _check_sequences(bin_path, idx_path, dtype, lengths, offsets)
+    tokens = _check_sequences(bin_path, idx_path, dtype, lengths, offsets)
     _check_documents(idx_path, document_indices, sequences)
-    return dtype, lengths, offsets, document_indices
+    return dtype, offsets, document_indices, tokens
 
 
 def _read_header(idx_path: Path) -> tuple[np.dtype, int, int]:
@@ -280,21 +314,27 @@ def _read_header(idx_path: Path) -> tuple[np.dtype, int, int]:
     return np.dtype(DTYPES[code]), sequences, indices
 
 
-def _check_sequences(bin_path: Path, idx_path: Path, dtype: np.dtype, lengths: np.ndarray, offsets: np.ndarray) -> None:
-    """Sequences lie one behind the other and fill the .bin exactly, as every Megatron writer leaves them."""
-    if (lengths < 0).any():
-        at = int(np.argmax(lengths < 0))
-        raise InputError(str(idx_path), int(lengths[at]), f"sequence {at} has a negative length; preprocess again")
-    ends = np.cumsum(lengths, dtype=np.int64) * dtype.itemsize
-    wrong = offsets != ends - lengths.astype(np.int64) * dtype.itemsize
-    if wrong.any():
-        at = int(np.argmax(wrong))
-        fix = f"sequence {at} does not begin where the one before it ends; preprocess again"
-        raise InputError(str(idx_path), int(offsets[at]), fix)
-    expected, size = int(ends[-1]) if len(ends) else 0, bin_path.stat().st_size
-    if size != expected:
-        fix = f"the index describes {expected} bytes; the two files are not of one corpus, or one was cut"
+def _check_sequences(bin_path: Path, idx_path: Path, dtype: np.dtype, lengths: np.ndarray, offsets: np.ndarray) -> int:
+    """Sequences lie one behind the other and fill the .bin exactly, as every Megatron writer leaves them; their tokens."""
+    end = 0
+    for low in range(0, len(lengths), BLOCK_DOCUMENTS):
+        block = lengths[low : low + BLOCK_DOCUMENTS].astype(np.int64)
+        if (block < 0).any():
+            at = int(np.argmax(block < 0))
+            fix = f"sequence {low + at} has a negative length; preprocess again"
+            raise InputError(str(idx_path), int(block[at]), fix)
+        ends = end + np.cumsum(block) * dtype.itemsize
+        wrong = offsets[low : low + BLOCK_DOCUMENTS] != ends - block * dtype.itemsize
+        if wrong.any():
+            at = int(np.argmax(wrong))
+            fix = f"sequence {low + at} does not begin where the one before it ends; preprocess again"
+            raise InputError(str(idx_path), int(offsets[low + at]), fix)
+        end = int(ends[-1])
+    size = bin_path.stat().st_size
+    if size != end:
+        fix = f"the index describes {end} bytes; the two files are not of one corpus, or one was cut"
         raise InputError(str(bin_path), f"{size} bytes", fix)
+    return end // dtype.itemsize
 
 
 def _check_documents(idx_path: Path, document_indices: np.ndarray, sequences: int) -> None:
@@ -303,7 +343,8 @@ def _check_documents(idx_path: Path, document_indices: np.ndarray, sequences: in
     if ends != (0, sequences):
         fix = f"document indices must run from 0 to the {sequences} sequences; the writer did not close its documents"
         raise InputError(str(idx_path), ends, fix)
-    backward = np.diff(document_indices) < 0
-    if backward.any():
-        at = int(np.argmax(backward))
-        raise InputError(str(idx_path), int(document_indices[at + 1]), f"document {at} ends before it begins")
+    for low in range(0, len(document_indices), BLOCK_DOCUMENTS):
+        backward = np.diff(document_indices[low : low + BLOCK_DOCUMENTS + 1]) < 0
+        if backward.any():
+            at = low + int(np.argmax(backward))
+            raise InputError(str(idx_path), int(document_indices[at + 1]), f"document {at} ends before it begins")

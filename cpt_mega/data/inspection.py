@@ -64,7 +64,7 @@ def document_ids(corpus: IndexedCorpus, document: int) -> list[int]:
     """All tokens of a document. Raises InputError when there is no such document."""
     if not 0 <= document < corpus.documents:
         raise InputError("--document", document, f"{corpus.prefix} holds documents 0 to {corpus.documents - 1}")
-    return corpus.read(document, 0, int(corpus.document_lengths[document])).tolist()
+    return corpus.read(document, 0, corpus.length_of(document)).tolist()
 
 
 def load_own_tokenizer(corpus: IndexedCorpus, path: str) -> TextTokenizer:

@@ -18,7 +18,7 @@ from pathlib import Path
 import numpy as np
 from safetensors.numpy import save_file
 
-from cpt_mega.data.indexed import BLOCK_TOKENS, IndexedCorpus, plans_path
+from cpt_mega.data.indexed import IndexedCorpus, plans_path
 from cpt_mega.data.packing import PACKING_VERSION, PlanStatistics, RowPlan, plan_rows
 
 KEPT_FROM_DOCUMENTS = 1 << 17  # packing fewer takes less than a tenth of a second
@@ -39,7 +39,7 @@ def open_plan(corpus: IndexedCorpus, seq_length: int, method: str) -> RowPlan:
         return plan
     with _one_at_a_time(path.parent):
         if (plan := _read(path)) is None:  # not made by another process meanwhile
-            plan = plan_rows(corpus.document_lengths, seq_length, method)
+            plan = plan_rows(np.concatenate(list(corpus.length_blocks())), seq_length, method)
             with contextlib.suppress(OSError):  # a folder that is not ours to write, or a full disk
                 _write(plan, path)
     return plan
@@ -47,8 +47,8 @@ def open_plan(corpus: IndexedCorpus, seq_length: int, method: str) -> RowPlan:
 
 def _digest(corpus: IndexedCorpus, seq_length: int, method: str) -> str:
     digest = hashlib.sha256(f"{PACKING_VERSION} {method} {seq_length}".encode())
-    for first in range(0, corpus.documents, BLOCK_TOKENS):
-        digest.update(corpus.document_lengths[first : first + BLOCK_TOKENS].astype("<i8"))
+    for block in corpus.length_blocks():
+        digest.update(block.astype("<i8"))
     return digest.hexdigest()[:32]
 
 

@@ -61,7 +61,7 @@ def build_row(
     for document, start, length in plan.pieces(row):
         if at + length > seq_length:
             raise InputError("train.seq_length", seq_length, f"the plan was made for rows of {plan.seq_length} tokens")
-        goes_on = start + length < corpus.document_lengths[document]
+        goes_on = start + length < corpus.length_of(document)
         tokens = corpus.read(document, start, length + 1 if goes_on else length)
         if vocab_size is not None:
             _check_ids(corpus, document, tokens, vocab_size)
