@@ -125,6 +125,16 @@ class AdaptiveOptions(Section):
     bound: float = Field(2.0, ge=1, description="most that a share is multiplied or divided by within its role")
 
 
+class RowCheckOptions(Section):
+    action: Literal["off", "log", "mask", "skip"] = Field(
+        "off",
+        description="what is done about odd rows: nothing is looked at, written down, no loss, the next row instead",
+    )
+    max_run: PositiveInt = Field(256, description="equal tokens one behind the other, above which a row is odd")
+    max_periodic_share: float = Field(0.75, gt=0, le=1, description="share of tokens that repeat with one period")
+    min_unique_share: float = Field(0.02, ge=0, le=1, description="share of different tokens, below which a row is odd")
+
+
 class DataOptions(Section):
     sources: tuple[SourceOptions, ...] = Field((), description="corpora of the mixture")
     curriculum: tuple[CurriculumPoint, ...] = Field(
@@ -136,6 +146,7 @@ class DataOptions(Section):
     at_max_epochs: Literal["stop", "drop"] = Field(
         "stop", description="what a source that is read out does: end the run, or leave its share to the others"
     )
+    row_checks: RowCheckOptions = Field(RowCheckOptions(), description="looks at each row before it is trained on")
     exclude: dict[str, tuple[NonNegativeInt, ...]] = Field(
         {}, description="rows of a source, by number in its plan, that are stepped past from here on"
     )

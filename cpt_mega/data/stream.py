@@ -7,11 +7,14 @@ and reweighted, without repeating or skipping a row of any source.
 """
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple
+
+import numpy as np
 
 from cpt_mega.data.mixture import Mixture
 from cpt_mega.data.order import order_key, permuted
+from cpt_mega.data.row_checks import MASK, OFF, SKIP, RowChecks, RowHit
 from cpt_mega.data.rows import PAD_ID, PackedRow, build_row
 from cpt_mega.data.sources import Source, check_sources, fixed_mixture
 from cpt_mega.data.stream_state import SourceState, StreamState
@@ -61,6 +64,7 @@ class MixedStream:
         pad_id: what fills a row that documents do not; masked.
         mixture: of these very sources; None mixes them by their weights.
         repetition: how often sources may be read.
+        checks: what is done about odd rows; None: nothing. Whoever draws then reads every row, not only its own.
 
     Raises InputError for sources that make no mixture (see ``check_sources``).
     """
@@ -74,10 +78,12 @@ class MixedStream:
         pad_id: int = PAD_ID,
         mixture: Mixture | None = None,
         repetition: Repetition = Repetition(),
+        checks: RowChecks | None = None,
     ):
         check_sources(sources)
         self.sources, self.seq_length, self.seed, self.pad_id = list(sources), seq_length, seed, pad_id
-        self.repetition = repetition
+        self.repetition, self.checks = repetition, checks or RowChecks()
+        self._hits: list[RowHit] = []
         self._index = {source.name: index for index, source in enumerate(self.sources)}
         self._state = (state or StreamState()).under(mixture or fixed_mixture(sources))
         self.exclude({})
@@ -112,9 +118,20 @@ class MixedStream:
         return [self._draw() for _ in range(rows)]
 
     def read(self, ref: RowRef) -> PackedRow:
-        """The tokens of a row. Raises InputError when they do not fit the model's vocabulary."""
+        """The tokens of a row, without targets where the checks mask it.
+
+        Raises InputError when they do not fit the model's vocabulary.
+        """
         source = self.sources[ref.source_index]
-        return build_row(source.corpus, source.plan, ref.row, self.seq_length, self.pad_id, source.vocab_size)
+        row = build_row(source.corpus, source.plan, ref.row, self.seq_length, self.pad_id, source.vocab_size)
+        if self.checks.action == MASK and self._problem(ref, row) is not None:
+            return replace(row, labels=np.full_like(row.labels, self.pad_id), loss_mask=np.zeros_like(row.loss_mask))
+        return row
+
+    def take_hits(self) -> list[RowHit]:
+        """The odd rows that have been drawn, or stepped past, since this was asked last."""
+        hits, self._hits = self._hits, []
+        return hits
 
     def row_tokens(self, ref: RowRef) -> int:
         """Real tokens of a row, padding left out."""
@@ -170,20 +187,42 @@ class MixedStream:
         return begin, end
 
     def _draw(self) -> RowRef:
+        skipped = 0
         while True:
             number = self._most_urgent()
             index = self._index[self._names[number]]
             source = self.sources[index]
             drawn = self._state.sources[source.name]
-            if self._step_past_excluded(source, drawn) < self.repetition.rows(source):
+            if self._step_past_excluded(source, drawn) >= self.repetition.rows(source):
+                self._give_up(number, source)
+                continue
+            ref = RowRef(index, self._row_at(source, drawn.rows_taken))
+            if self._is_taken(ref):
                 break
-            self._give_up(number, source)
-        ref = RowRef(index, self._row_at(source, drawn.rows_taken))
+            drawn.rows_taken, skipped = drawn.rows_taken + 1, skipped + 1
+            if skipped > source.plan.rows:
+                fix = "every row of this source is odd: look at them, or choose other limits or another action"
+                raise InputError(f"data.row_checks of {source.name}", self._hits[-1].problem, fix)
         tokens = self.row_tokens(ref)
         drawn.take(tokens)
         self._total += tokens
         self._windows[number] = self._window(number)
         return ref
+
+    def _is_taken(self, ref: RowRef) -> bool:
+        """Whether a row is trained on, odd or not."""
+        if self.checks.action == OFF:
+            return True
+        source = self.sources[ref.source_index]
+        row = build_row(source.corpus, source.plan, ref.row, self.seq_length, self.pad_id, source.vocab_size)
+        problem = self._problem(ref, row)
+        if problem is not None:
+            documents = [document for document, _, _ in source.plan.pieces(ref.row)]
+            self._hits.append(RowHit(source.name, ref.row, documents, problem, self.checks.action))
+        return problem is None or self.checks.action != SKIP
+
+    def _problem(self, ref: RowRef, row: PackedRow) -> str | None:
+        return self.checks.problem(row.ids[: self.row_tokens(ref)])
 
     def _most_urgent(self) -> int:
         """The source of the mixture that would be the first to lag a whole row behind its share.

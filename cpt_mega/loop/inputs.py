@@ -8,6 +8,7 @@ from cpt_mega.checkpoint.restore import Start
 from cpt_mega.config import Config
 from cpt_mega.data.mixture import Mixture
 from cpt_mega.data.packing import PACKING_VERSION
+from cpt_mega.data.row_checks import RowChecks
 from cpt_mega.data.sources import Source, corpus_identity, fixed_mixture, open_sources
 from cpt_mega.data.stream import MixedStream, Repetition
 from cpt_mega.data.stream_state import StreamState
@@ -74,6 +75,7 @@ def open_stream(config: Config, sources: list[Source], state: dict) -> MixedStre
         StreamState.from_json(state) if state else None,
         mixture=mixture_of(config, sources),
         repetition=Repetition(data.max_epochs, data.at_max_epochs),
+        checks=RowChecks(**data.row_checks.model_dump()),
     )
     stream.exclude(data.exclude)
     return stream

@@ -8,6 +8,7 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
 
+from cpt_mega.data.row_checks import RowHit
 from cpt_mega.data.rows import PackedRow
 from cpt_mega.data.stream import MixedStream, RowRef
 from cpt_mega.data.stream_state import StreamState
@@ -22,6 +23,7 @@ class DrawnBatch:
         tokens: real tokens of all its rows.
         stream_state: JSON of the stream's state after it.
         tokens_by_source: tokens drawn from each source since the run began, this batch included.
+        hits: odd rows in it, or stepped past for it.
     """
 
     refs: list[RowRef]
@@ -29,6 +31,7 @@ class DrawnBatch:
     prepared: PreparedBatch
     stream_state: dict
     tokens_by_source: dict[str, int]
+    hits: list[RowHit]
 
 
 class Prefetcher:
@@ -58,6 +61,7 @@ class Prefetcher:
         """Draws the batch ahead anew, after a change to the stream where a saved state of it stands; the changed state."""
         self.rest()
         self._stream.go_on_from(StreamState.from_json(state))
+        self._stream.take_hits()  # of the batch that is drawn anew
         change(self._stream)
         changed = self._stream.state.to_json()
         self._ahead = self._thread.submit(self._draw)
@@ -85,4 +89,5 @@ class Prefetcher:
             prepared,
             state.to_json(),
             {name: source.tokens for name, source in state.sources.items()},
+            self._stream.take_hits(),
         )

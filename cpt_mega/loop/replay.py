@@ -16,6 +16,7 @@ from cpt_mega.config import Config
 from cpt_mega.data.indexed import IndexedCorpus
 from cpt_mega.data.packing import PACKING_VERSION
 from cpt_mega.data.plan_store import open_plan
+from cpt_mega.data.row_checks import RowChecks
 from cpt_mega.data.rows import PackedRow
 from cpt_mega.data.sources import Source, corpus_identity
 from cpt_mega.data.stream import MixedStream, Repetition, RowRef
@@ -42,6 +43,7 @@ def data_entry(config: Config, sources: list[Source], step: int, state: dict) ->
         "seed": config.train.seed,
         "max_epochs": config.data.max_epochs,
         "at_max_epochs": config.data.at_max_epochs,
+        "row_checks": config.data.row_checks.model_dump(),
         "state": state,
     }
 
@@ -126,6 +128,7 @@ class Replay:
             state,
             mixture=state.configured,
             repetition=repetition,
+            checks=RowChecks(**entry["row_checks"]),
         )
 
     def _sources(self, entry: dict) -> list[Source]:

@@ -3,7 +3,7 @@
 import math
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from functools import partial
 from typing import Protocol
 
@@ -206,6 +206,8 @@ class Trainer:
         self.state.step += 1
         self.state.tokens += batch.tokens
         self.state.stream = batch.stream_state
+        for hit in batch.hits:
+            self.decide({"kind": "odd_row", "step": self.state.step, **asdict(hit)})
         seconds = time.perf_counter() - begin
         return _Launched(batch, pending, self.state.step, self.state.tokens, waited, seconds)
 

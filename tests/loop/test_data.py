@@ -5,6 +5,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import yaml
 
@@ -148,6 +149,23 @@ def test_excluded_rows_are_not_seen_and_the_others_stay_in_order(workers, jobsit
     assert bad and not {("domain", row) for row in bad} & set(stepped)
     expected = [ref for ref in plain if ref[0] == "domain" and ref[1] not in bad]
     assert [ref for ref in stepped if ref[0] == "domain"][: len(expected)] == expected
+
+
+@pytest.mark.parametrize("world", [1, 2])
+def test_odd_rows_are_written_down_once_with_their_documents(workers, jobsite, tmp_path, world):
+    random = np.random.default_rng(0)
+    odd = [[7] * 20 + [0]] * 12
+    write_documents(tmp_path / "mixed", [*odd, *random.integers(1, 301, (30, 31)).tolist()])
+    source = f"data.sources=[{{name: mixed, path: {tmp_path}/mixed, role: domain}}]"
+    run_of(workers, jobsite, tmp_path / "run", source, "data.row_checks={action: skip, max_run: 15}", world=world)
+    hits = ledger(tmp_path / "run", "odd_row")
+    assert hits and all(hit["documents"][0] < len(odd) and hit["action"] == "skip" for hit in hits)
+    assert {hit["problem"] for hit in hits} == {"the same token 20 times in a row"}
+    trained = Replay(tmp_path / "run")
+    for step in range(1, trained.last_step + 1):
+        assert all(piece.document >= len(odd) for row in trained.rows_of(step) for piece in row.pieces)
+    passed = [hit["documents"][0] for hit in hits]
+    assert len(passed) >= len(odd) / 2 and len({(hit["step"], hit["row"]) for hit in hits}) == len(hits)
 
 
 def test_what_cannot_be_told_is_said(workers, jobsite, tmp_path):

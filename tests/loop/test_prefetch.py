@@ -17,6 +17,9 @@ class Stream:
     def next_batch(self, rows):
         return []
 
+    def take_hits(self):
+        return []
+
     def row_tokens(self, ref):
         raise AssertionError("there is no row")
 

@@ -1,0 +1,98 @@
+import json
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from cpt_mega.data.row_checks import RowChecks, longest_run, periodic_share
+from cpt_mega.data.stream import MixedStream
+from cpt_mega.data.stream_state import StreamState
+from cpt_mega.errors import InputError
+from tests.helpers.corpora import make_source, write_corpus
+
+S = 64
+CHECKS = {"max_run": 20, "max_periodic_share": 0.6, "min_unique_share": 0.1}
+IDS = st.lists(st.integers(0, 3), max_size=40).map(lambda ids: np.array(ids, np.int64))
+
+
+@given(IDS)
+def test_the_longest_run(ids):
+    best = now = 0
+    for index, token in enumerate(ids):
+        now = now + 1 if index and token == ids[index - 1] else 1
+        best = max(best, now)
+    assert longest_run(ids) == best
+
+
+@given(IDS)
+def test_the_best_period(ids):
+    shares = [sum(ids[p:] == ids[:-p]) / len(ids) for p in range(1, len(ids) // 2 + 1)]
+    assert periodic_share(ids)[0] == pytest.approx(max(shares, default=0))
+
+
+def odd_and_even_documents():
+    """Rows of one document each; every third is odd, each for another reason."""
+    draw, documents = np.random.default_rng(0), []
+    odd = [[5] * 30 + list(range(100, 134)), [1, 2, 3, 4, 5, 6, 7, 8] * 8, draw.integers(0, 3, S).tolist()]
+    for number in range(30):
+        documents.append(odd[number // 3 % 3] if number % 3 == 0 else draw.integers(10, 1000, S).tolist())
+    return documents
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory):
+    return make_source(write_corpus(tmp_path_factory.mktemp("odd") / "c", odd_and_even_documents()), "a", 1, S)
+
+
+def stream_with(source, action, state=None):
+    return MixedStream([source], S, seed=0, state=state, checks=RowChecks(action, **CHECKS))
+
+
+def documents_of(stream, refs):
+    return [stream.sources[0].plan.pieces(ref.row)[0][0] for ref in refs]
+
+
+def test_each_kind_of_oddness_is_named(source):
+    stream = stream_with(source, "log")
+    refs = stream.next_batch(30)
+    hits = {hit.documents[0]: hit.problem for hit in stream.take_hits()}
+    assert sorted(hits) == list(range(0, 30, 3)) and stream.take_hits() == []
+    assert hits[0] == "the same token 30 times in a row"
+    assert "repeat those 8 before" in hits[3]
+    assert "different ones" in hits[6]
+    assert refs == MixedStream([source], S, seed=0).next_batch(30)
+
+
+def test_masked_rows_have_no_targets_and_stay_where_they_are(source):
+    stream = stream_with(source, "mask")
+    refs = stream.next_batch(30)
+    for ref, document in zip(refs, documents_of(stream, refs), strict=True):
+        assert stream.read(ref).loss_mask.any() == (document % 3 != 0)
+    assert refs == MixedStream([source], S, seed=0).next_batch(30)
+
+
+@given(st.integers(0, 25))
+def test_the_next_row_comes_instead_of_one_that_is_skipped_wherever_the_run_was_cut(source, cut):
+    plain = MixedStream([source], S, seed=0).next_batch(90)
+    expected = [
+        ref
+        for ref, document in zip(plain, documents_of(stream_with(source, "off"), plain), strict=True)
+        if document % 3
+    ]
+    stream = stream_with(source, "skip")
+    before = stream.next_batch(cut)
+    state = StreamState.from_json(json.loads(json.dumps(stream.state.to_json())))
+    assert before + stream_with(source, "skip", state).next_batch(40 - cut) == expected[:40]
+
+
+def test_ordinary_text_is_not_odd():
+    random = np.random.default_rng(0)
+    zipf = np.minimum(random.zipf(1.3, 4096), 30_000)
+    assert RowChecks("log").problem(zipf) is None
+
+
+def test_a_source_of_odd_rows_alone_is_an_error(tmp_path):
+    source = make_source(write_corpus(tmp_path / "c", [[7] * S] * 3), "a", 1, S)
+    with pytest.raises(InputError, match="data.row_checks of a = 'the same token 64 times in a row'"):
+        stream_with(source, "skip").next_batch(1)
