@@ -20,6 +20,9 @@ from cpt_mega.command_line import bytes_progress, print_table, run_tool, steps_p
 from cpt_mega.data import inspection  # noqa: E402
 from cpt_mega.data.indexed import IndexedCorpus  # noqa: E402
 from cpt_mega.data.manifest import load_manifest, manifest_path  # noqa: E402
+from cpt_mega.data.packing import METHODS  # noqa: E402
+from cpt_mega.data.plan_picture import draw_plan  # noqa: E402
+from cpt_mega.data.plan_store import open_plan  # noqa: E402
 from cpt_mega.data.tokenizer import TextTokenizer  # noqa: E402
 from cpt_mega.errors import InputError  # noqa: E402
 
@@ -32,6 +35,9 @@ def parse_arguments() -> argparse.Namespace:
         metavar="I",
         help="show document I (from 0): text, or ids alone; with --run, SOURCE:I: at which steps it was seen",
     )
+    parser.add_argument("--rows", type=int, metavar="TOKENS", help="how its documents fill rows of so many tokens")
+    parser.add_argument("--packing", choices=list(METHODS), default="best_fit", help="with --rows (default best_fit)")
+    parser.add_argument("--picture", type=Path, metavar="FILE", help="with --rows: a picture of it, .png or .svg")
     parser.add_argument("--run", metavar="RUN", help="a run.dir instead of PREFIX")
     parser.add_argument("--step", type=int, metavar="K", help="with --run: the rows of step K (from 1)")
     parser.add_argument("--tokenizer", metavar="DIR_OR_MODEL", help="turns ids into text; must be the corpus' own")
@@ -58,6 +64,8 @@ def main() -> None:
         show_document(corpus, document_number(arguments.document), arguments)
     elif arguments.verify:
         verify(corpus, arguments.json)
+    elif arguments.rows is not None:
+        show_rows(corpus, arguments)
     else:
         show_summary(inspection.summarise(corpus), arguments.json)
 
@@ -150,6 +158,27 @@ def show_document(corpus: IndexedCorpus, document: int, arguments: argparse.Name
         return
     print(f"document {document} of {corpus.documents:,}, {len(ids):,} tokens")
     print(" ".join(map(str, ids)) if text is None else text)
+
+
+def show_rows(corpus: IndexedCorpus, arguments: argparse.Namespace) -> None:
+    """How documents fill rows: numbers, and a picture."""
+    plan = open_plan(corpus, arguments.rows, arguments.packing)
+    found = plan.statistics
+    if arguments.picture is not None:
+        draw_plan(plan, corpus.document_lengths, arguments.picture, Path(corpus.prefix).name)
+    if arguments.json:
+        print(json.dumps({"seq_length": plan.seq_length, **asdict(found), "fill": found.fill}))
+        return
+    most = f"99 % at most {found.documents_a_row_p99:,}, {found.most_documents:,} in one"
+    rows = {
+        "rows": f"{found.rows:,} of {plan.seq_length:,} tokens, {arguments.packing}",
+        "fill": f"{found.fill:.3%}; {found.padding:,} tokens of padding",
+        "split documents": f"{found.split_documents:,} of {found.documents:,}",
+        "documents a row": f"{found.documents_a_row:.1f}; {most}",
+    }
+    drawn = f"open {shlex.quote(str(arguments.picture))}" if arguments.picture else None
+    words = f"python tools/inspect_data.py {shlex.quote(corpus.prefix)} --rows {plan.seq_length} --picture rows.png"
+    print_table(corpus.prefix, rows, drawn or words)
 
 
 def verify(corpus: IndexedCorpus, as_json: bool) -> None:

@@ -56,3 +56,18 @@ def test_a_document_is_shown(site):
 def test_bad_input_is_one_line_and_exit_2(site, words, message):
     done = run(site, *words)
     assert done.returncode == 2 and message in done.stderr and len(done.stderr.splitlines()) == 1
+
+
+def test_how_documents_fill_rows(site):
+    told = json.loads(run(site, "c", "--rows", "64", "--json").stdout)
+    assert told["documents"] == 5 and told["tokens"] + told["padding"] == 64 * told["rows"]
+    chunks = json.loads(run(site, "c", "--rows", "64", "--packing", "concat", "--json").stdout)
+    assert chunks["rows"] <= told["rows"] and chunks["tokens"] == told["tokens"]
+    for name in ("rows.png", "rows.svg"):
+        drawn = run(site, "c", "--rows", "64", "--picture", name)
+        assert drawn.returncode == 0, drawn.stderr
+        assert f"next: open {name}" in drawn.stdout and (site / name).stat().st_size > 5000
+    refused = run(site, "c", "--rows", "64", "--picture", "rows.gif")
+    assert refused.returncode == 2 and "ends in .png or .svg" in refused.stderr
+    assert run(site, "c", "--rows", "0").returncode == 2
+    assert run(site).returncode == 2 and "name a corpus, or a run" in run(site).stderr
