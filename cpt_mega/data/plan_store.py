@@ -69,6 +69,8 @@ def _write(plan: RowPlan, path: Path) -> None:
         about = {"seq_length": plan.seq_length, "statistics": asdict(plan.statistics)}
         # one entry: several would come in another order each time, and equal plans are to be equal files
         save_file({name: getattr(plan, name) for name in ARRAYS}, unfinished, {ABOUT: json.dumps(about)})
+        with open(unfinished, "rb") as stream:
+            os.fsync(stream.fileno())
         os.chmod(unfinished, 0o644)
         os.replace(unfinished, path)
     finally:
@@ -83,8 +85,9 @@ def _read(path: Path) -> RowPlan | None:
             header = json.loads(stream.read(size))
         about = json.loads(header["__metadata__"][ABOUT])
         arrays = {name: _mapped(path, 8 + size, header[name]) for name in ARRAYS}
-        return RowPlan(about["seq_length"], **arrays, statistics=PlanStatistics(**about["statistics"]))
-    except (OSError, ValueError, KeyError, TypeError):
+        plan = RowPlan(about["seq_length"], **arrays, statistics=PlanStatistics(**about["statistics"]))
+        return plan if plan.row_offsets[0] == 0 and plan.row_offsets[-1] == len(plan.length) else None
+    except (OSError, ValueError, KeyError, TypeError, IndexError):
         return None
 
 

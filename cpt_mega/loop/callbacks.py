@@ -74,6 +74,7 @@ class Logging(NullCallback):
             "optimizer_s": report.result.optimizer_s,
             "loss_by_source": report.loss_by_source,
             "tokens_by_source": report.tokens_by_source,
+            "epochs_by_source": report.epochs_by_source,
         }
 
     def _say(self, trainer: Trainer, report: StepReport) -> None:

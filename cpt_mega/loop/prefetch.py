@@ -23,6 +23,7 @@ class DrawnBatch:
         tokens: real tokens of all its rows.
         stream_state: JSON of the stream's state after it.
         tokens_by_source: tokens drawn from each source since the run began, this batch included.
+        epochs_by_source: how often each source has been read since the run began.
         hits: odd rows in it, or stepped past for it.
     """
 
@@ -31,6 +32,7 @@ class DrawnBatch:
     prepared: PreparedBatch
     stream_state: dict
     tokens_by_source: dict[str, int]
+    epochs_by_source: dict[str, float]
     hits: list[RowHit]
 
 
@@ -89,5 +91,6 @@ class Prefetcher:
             prepared,
             state.to_json(),
             {name: source.tokens for name, source in state.sources.items()},
+            self._stream.epochs,
             self._stream.take_hits(),
         )

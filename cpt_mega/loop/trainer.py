@@ -21,7 +21,7 @@ from cpt_mega.loop.replay import data_entry
 class StepReport:
     """One step as callbacks see it. Times in seconds; ``tokens`` are the step's real tokens; losses in nats.
 
-    ``total_tokens`` and ``tokens_by_source`` are the run's, up to and with this step.
+    ``total_tokens``, ``tokens_by_source`` and ``epochs_by_source`` are the run's, up to and with this step.
     """
 
     step: int
@@ -31,6 +31,7 @@ class StepReport:
     result: StepResult
     loss_by_source: dict[str, float]
     tokens_by_source: dict[str, int]
+    epochs_by_source: dict[str, float]
     seconds: float
     data_wait_s: float
 
@@ -134,6 +135,7 @@ class Trainer:
             result,
             self._loss_by_source(launched.batch.refs, result),
             launched.batch.tokens_by_source,
+            launched.batch.epochs_by_source,
             launched.seconds + time.perf_counter() - begin,
             launched.wait_s,
         )

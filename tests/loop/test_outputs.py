@@ -27,7 +27,7 @@ def test_metrics_have_a_line_a_step_and_a_line_a_reading(run):
     assert [line["step"] for line in lines] == list(range(1, len(lines) + 1))
     assert lines[0].keys() == {
         "kind", "step", "tokens", "loss", "grad_norm", "lr", "tokens_per_s_device", "data_wait_s", "loss_by_source",
-        "tokens_by_source", "forward_backward_s", "optimizer_s",
+        "tokens_by_source", "epochs_by_source", "forward_backward_s", "optimizer_s",
     }  # fmt: skip
     last = lines[-1]
     assert sum(last["tokens_by_source"].values()) == last["tokens"] >= 1000

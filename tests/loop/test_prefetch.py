@@ -9,7 +9,7 @@ from cpt_mega.loop.prefetch import Prefetcher
 class Stream:
     """As much of a stream as the prefetcher asks for when nothing is drawn."""
 
-    state = StreamState()
+    state, epochs = StreamState(), {}
 
     def go_on_from(self, state):
         self.went = state
