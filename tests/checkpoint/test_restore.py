@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from cpt_mega.hf.convert import export_hf, import_hf
-from cpt_mega.lineage import file_digest, seal_folder
+from cpt_mega.lineage import COMPLETE, MANIFEST, file_digest, seal_folder
 from tests.helpers.jobsite import checkpoint_tensors, metrics, random_documents, write_documents
 from tests.helpers.workers import JobFailed
 
@@ -99,6 +99,21 @@ def test_harmless_differences_are_listed_and_taken(workers, jobsite, stopped, tm
     rows = {item: what for item, what, _ in ledger[0]["rows"]}
     assert rows["logging.interval_steps"] == rows["train.micro_batch_size"] == "harmless"
     assert rows["optimizer moments"] == rows["data cursors"] == rows["generators"] == "restored"
+
+
+def test_rows_that_were_packed_by_other_code_are_refused_unless_accepted(workers, jobsite, stopped, tmp_path):
+    folder = tmp_path / "checkpoint"
+    shutil.copytree(next((stopped / "checkpoints").glob("iter_*")), folder)
+    state = json.loads((folder / "trainer_state.json").read_text())
+    del state["lineage"]["packing_version"]  # as code wrote it that knew of none
+    (folder / "trainer_state.json").write_text(json.dumps(state))
+    for name in (COMPLETE, MANIFEST):
+        (folder / name).unlink()
+    seal_folder(folder)
+    words = [f"model.checkpoint={folder}", "restore.mode=full"]
+    refusal = _refused(workers, jobsite, tmp_path / "run", *words)
+    assert "data.packing = 'version 1'" in refusal and "packed by version None" in refusal
+    assert _train(workers, jobsite, tmp_path / "run", *words, "restore.accept=[data.packing]")[0] == "finished"
 
 
 def test_another_corpus_under_the_same_name_is_refused(workers, jobsite, stopped, tmp_path):
