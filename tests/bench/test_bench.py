@@ -6,7 +6,10 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
+
+from cpt_mega.data.best_fit import best_fit_rows
 
 BENCH = Path(__file__).resolve().parents[2] / "tools" / "bench"
 ALLOWED = ("torch", "megatron.core", "cpt_mega.engine.host", "cpt_mega.engine.backend", "cpt_mega.engine.layers")
@@ -60,6 +63,12 @@ def test_first_losses_are_held_against_the_trainers(load):
     assert bench.loss_differences(reports) == {bench.BARE_1.title: 0.5}
 
 
+def test_the_textbook_packs_as_we_do(load):
+    """What the packing benchmark is measured against does the same work."""
+    sizes = np.sort(np.random.default_rng(0).integers(1, 400, 3000))[::-1]
+    assert load("packing_plans").textbook(sizes.tolist(), 400) == best_fit_rows(sizes.astype(np.int32), 400).max() + 1
+
+
 def test_model_flops_by_hand(load):
     mfu = load("mfu")
     sizes = mfu.Sizes(layers=2, hidden=8, ffn=16, heads=2, kv_heads=1, head_dim=4, vocab=10)
@@ -77,6 +86,9 @@ def test_model_flops_by_hand(load):
     [
         [sys.executable, "step_overhead.py"],
         [sys.executable, "contenders.py"],
+        [sys.executable, "packing_plans.py"],
+        [sys.executable, "packing_training.py"],
+        [sys.executable, "stream.py"],
         [sys.executable, "gpu/report.py"],
         [sys.executable, "gpu/section.py"],
         ["bash", "gpu/run.sh"],
