@@ -108,7 +108,8 @@ def show_step(replay, arguments: argparse.Namespace) -> None:
     if arguments.json:
         print(json.dumps({"step": arguments.step, "rows": [as_json(row, tokenizer) for row in rows]}))
         return
-    print(f"step {arguments.step} of {replay.last_step:,}: {len(rows)} rows")
+    done = "" if arguments.step <= replay.last_step else ", which the run has not finished"
+    print(f"step {arguments.step} of {replay.last_step:,}{done}: {len(rows)} rows")
     for place, row in enumerate(rows):
         counted = int(row.packed.loss_mask.sum())
         print(f"row {place}: row {row.row} of {row.source}, {len(row.pieces)} documents, {counted:,} targets")

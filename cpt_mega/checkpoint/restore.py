@@ -37,6 +37,9 @@ _NEEDS_ACCEPTANCE = (
     *NUMERIC,
 )
 
+# These say what comes from here on, and are asked for to be changed within a run.
+_TAKES_EFFECT = tuple(f"data.{name}" for name in ("max_epochs", "at_max_epochs", "row_checks", "exclude", "adaptive"))
+
 # The two optimizers keep different tensors, so one cannot read what the other wrote.
 _NEVER = ("train.distributed_optimizer",)
 
@@ -164,7 +167,7 @@ def _full(config: Config, start: Start, lineage: dict, layout: dict[str, int]) -
     if config.precision == "fp8-delayed":
         rows.append(("FP8 scales", "fresh", "delayed scaling measures them again in its first steps"))
     for name, before, after in differences:
-        what = "accepted" if _matches(name, _NEEDS_ACCEPTANCE) else "harmless"
+        what = "accepted" if _matches(name, _NEEDS_ACCEPTANCE) else _unasked(name)
         rows.append((name, what, f"{_short(before)} is now {_short(after)}"))
     return Restore(start, state, same, rows)
 
@@ -199,6 +202,9 @@ def _check_lineage(config: Config, before: dict, now: dict) -> None:
         fix = f"the checkpoint was trained with tokenizer {before['tokenizer_digest'][:12]}; use that one, or a new run"
         raise InputError("tokenizer.path", now["tokenizer_digest"][:12], fix)
     version = before.get("packing_version")
+    if version is None and now["corpora"]:
+        fix = "the checkpoint is of older code, whose data state cannot be read; start a new run from it: restore.mode=weights"
+        raise InputError("restore.mode", config.restore.mode, fix)
     if version != now["packing_version"] and now["corpora"] and not _matches("data.packing", config.restore.accept):
         fix = (
             f"the checkpoint's rows were packed by version {version}, so cursors mean other rows now; go on with the code that "
@@ -232,6 +238,10 @@ def _check_accepted(config: Config, differences: list[tuple[str, Any, Any]]) -> 
                 f"restore.accept=[{name}], or start a new run with restore.mode=weights and another run.dir"
             )
             raise InputError(name, after, fix)
+
+
+def _unasked(name: str) -> str:
+    return "takes effect" if _matches(name, _TAKES_EFFECT) else "harmless"
 
 
 def _short(value: Any) -> str:

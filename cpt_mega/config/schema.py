@@ -142,7 +142,9 @@ class DataOptions(Section):
     )
     adaptive: AdaptiveOptions = Field(AdaptiveOptions(), description="weights that follow the losses of sources")
     packing: Literal["best_fit", "concat"] = Field("best_fit", description="how documents fill rows")
-    max_epochs: float | None = Field(None, gt=0, description="passes over any source at most; none: any number")
+    max_epochs: float | None = Field(
+        None, gt=0, allow_inf_nan=False, description="passes over any source at most; none: any number"
+    )
     at_max_epochs: Literal["stop", "drop"] = Field(
         "stop", description="what a source that is read out does: end the run, or leave its share to the others"
     )

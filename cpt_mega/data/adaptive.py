@@ -9,6 +9,7 @@ are all drawn often, so none of that method's exploration is needed.
 import math
 from collections.abc import Mapping
 
+MOST_DOUBLINGS = 32
 STEPS = 64  # to a factor of two: weights take few values, so the last bits of a loss decide nothing
 
 
@@ -29,12 +30,29 @@ def adapted_weights(
         names = [name for name in asked if roles[name] == role]
         known = [losses[name] for name in names if name in losses]
         middle = sum(known) / len(known) if known else 0.0
-        factors = {name: _factor(strength * (losses.get(name, middle) - middle), bound) for name in names}
-        total, raised = sum(asked[name] for name in names), sum(asked[name] * factors[name] for name in names)
-        adapted |= {name: asked[name] * factors[name] * total / raised for name in names}
+        wanted = {name: asked[name] * _factor(strength * (losses.get(name, middle) - middle)) for name in names}
+        adapted |= _within({name: asked[name] for name in names}, wanted, bound)
     return adapted
 
 
-def _factor(exponent: float, bound: float) -> float:
-    most = math.log2(bound)
-    return 2.0 ** (round(min(max(exponent / math.log(2), -most), most) * STEPS) / STEPS)
+def _factor(exponent: float) -> float:
+    steps = round(min(max(exponent / math.log(2), -MOST_DOUBLINGS), MOST_DOUBLINGS) * STEPS)
+    return 2.0 ** (steps / STEPS)
+
+
+def _within(asked: dict[str, float], wanted: dict[str, float], bound: float) -> dict[str, float]:
+    """``wanted`` scaled to the sum of ``asked``, each at most ``bound`` times more or less than was asked for."""
+    total, held = sum(asked.values()), {}
+    while len(held) < len(asked):
+        free = {name: share for name, share in wanted.items() if name not in held}
+        scale = (total - sum(held.values())) / sum(free.values())
+        limits = {name: (asked[name] / bound, asked[name] * bound) for name in free}
+        over = {name: most for name, (_, most) in limits.items() if free[name] * scale > most}
+        under = {name: least for name, (least, _) in limits.items() if free[name] * scale < least}
+        if not over and not under:
+            return held | {name: share * scale for name, share in free.items()}
+        # one side at a time: holding the side that is further out can bring the other back
+        too_much = sum(free[name] * scale - most for name, most in over.items())
+        too_little = sum(least - free[name] * scale for name, least in under.items())
+        held |= over if too_much >= too_little else under
+    return held

@@ -13,6 +13,7 @@ from itertools import pairwise
 from cpt_mega.errors import InputError
 
 FIELD = "data.curriculum"
+MOST_WEIGHT = 1e100  # far from where sums would overflow
 
 
 @dataclass(frozen=True)
@@ -29,12 +30,12 @@ class Mixture:
     points: tuple[tuple[int, tuple[float, ...]], ...]
 
     @classmethod
-    def fixed(cls, weights: Mapping[str, float]) -> "Mixture":
-        """The same shares all the time; weights in any unit."""
-        return cls.of([(0, weights)])
+    def fixed(cls, weights: Mapping[str, float], field: str = FIELD) -> "Mixture":
+        """The same shares all the time; weights in any unit. ``field`` names them in errors."""
+        return cls.of([(0, weights)], field)
 
     @classmethod
-    def of(cls, points: Sequence[tuple[int, Mapping[str, float]]]) -> "Mixture":
+    def of(cls, points: Sequence[tuple[int, Mapping[str, float]]], field: str = FIELD) -> "Mixture":
         """Shares at places of a run, in any unit; before the first they are what they are there.
 
         Raises InputError when places do not ascend, names differ, or weights are no shares.
@@ -42,9 +43,9 @@ class Mixture:
         names = tuple(points[0][1])
         for (before, _), (after, _) in pairwise(points):
             if before >= after:
-                raise InputError(f"{FIELD} tokens", after, f"points ascend; this one follows {before}")
+                raise InputError(f"{field} tokens", after, f"points ascend; this one follows {before}")
         for tokens, weights in points:
-            _check(tokens, weights, names)
+            _check(tokens, weights, names, field)
         for index, name in enumerate(names):
             if not any(list(weights.values())[index] for _, weights in points):
                 raise InputError(
@@ -68,8 +69,11 @@ class Mixture:
         return self._integral(source, end) - self._integral(source, begin)
 
     def deadline(self, source: int, begin: float, amount: float) -> float:
-        """The last place of the run up to which no more tokens since ``begin`` are due to a source; infinite without one."""
-        wanted = amount + self._integral(source, begin)
+        """The last place of the run up to which no more tokens since ``begin`` are due to a source; infinite without one.
+
+        What is due already, a negative amount, is due at ``begin``.
+        """
+        wanted = max(amount, 0.0) + self._integral(source, begin)
         index = bisect_right(self._sums(source), wanted) - 1
         place, at = self.points[index][0], self.points[index][1][source]
         left = wanted - self._sums(source)[index]
@@ -81,15 +85,22 @@ class Mixture:
             return place if slope > 0 else math.inf
         return place + 2 * left / (at + root)
 
-    def without(self, source: int) -> "Mixture":
-        """The others in their own proportions. Raises ValueError when nothing is left anywhere."""
-        names = self.names[:source] + self.names[source + 1 :]
-        rest = [(tokens, shares[:source] + shares[source + 1 :]) for tokens, shares in self.points]
-        if not any(any(shares) for _, shares in rest):
-            raise ValueError("no source is left")
-        # where nothing else has a share, as at the next place where something has
-        filled = [next(s for s in [shares, *(r for _, r in rest)] if any(s)) for _, shares in rest]
-        return Mixture(names, tuple((at, _normalised(s)) for (at, _), s in zip(rest, filled, strict=True)))
+    def without(self, source: int, tokens: int) -> "Mixture":
+        """From a place of the run on the others, at each point in their own proportions.
+
+        Where none of them has a share they have those of the next point at which any has. Raises ValueError when there is
+        none: nothing that is asked for is left.
+        """
+        later = [(tokens, self.shares(tokens)), *(point for point in self.points if point[0] > tokens)]
+        rest = [(at, shares[:source] + shares[source + 1 :]) for at, shares in later]
+        filled: list[tuple[int, tuple[float, ...]]] = []
+        for index, (at, _) in enumerate(rest):
+            shares = next((shares for _, shares in rest[index:] if any(shares)), None)
+            if shares is None:
+                raise ValueError("no source is left")
+            filled.append((at, _normalised(shares)))
+        start = [(0, filled[0][1])] if tokens > 0 else []
+        return Mixture(self.names[:source] + self.names[source + 1 :], tuple(start + filled))
 
     def to_json(self) -> list:
         """Plain values; ``from_json`` gives the same mixture back."""
@@ -121,17 +132,16 @@ class Mixture:
         return self._sums(source)[index] + (tokens - begin) * (at[source] + self.shares(tokens)[source]) / 2
 
 
-def _check(tokens: int, weights: Mapping[str, float], names: Sequence[str]) -> None:
+def _check(tokens: int, weights: Mapping[str, float], names: Sequence[str], field: str) -> None:
     if set(weights) != set(names):
         odd = sorted(set(weights) ^ set(names))[0]
-        raise InputError(
-            f"{FIELD} weights", odd, f"every point gives a weight to each of {', '.join(names)}, and to no other"
-        )
+        fix = f"every point gives a weight to each of {', '.join(names)}, and to no other"
+        raise InputError(f"{field} weights", odd, fix)
     for name, weight in weights.items():
-        if not (math.isfinite(weight) and weight >= 0):
-            raise InputError(f"{FIELD} {name}", weight, "a weight is a share of tokens, 0 or more")
+        if not (isinstance(weight, int | float) and 0 <= weight <= MOST_WEIGHT):
+            raise InputError(f"{field} {name}", weight, "a weight is a share of tokens, 0 or more")
     if not sum(weights.values()):
-        raise InputError(f"{FIELD} tokens", tokens, "at this point no source has a share")
+        raise InputError(f"{field} tokens", tokens, "at this point no source has a share")
 
 
 def _normalised(weights: Sequence[float]) -> tuple[float, ...]:

@@ -17,6 +17,7 @@ from cpt_mega.data.spreading import spread_small
 from cpt_mega.errors import InputError
 
 PACKING_VERSION = 1  # another one where the same lengths give another plan
+MOST_ROW_TOKENS = 1 << 30
 TOKENS_A_DOCUMENT = 128  # a row of so many times n tokens holds at most n documents, where their lengths allow it
 
 
@@ -102,8 +103,8 @@ def plan_rows(document_lengths: np.ndarray, seq_length: int, method: str = "best
     """
     if method not in METHODS:
         raise InputError("data.packing", method, f"give one of {', '.join(METHODS)}")
-    if seq_length < 1:
-        raise InputError("train.seq_length", seq_length, "a row needs room for at least one token")
+    if not 1 <= seq_length <= MOST_ROW_TOKENS:
+        raise InputError("train.seq_length", seq_length, f"a row has room for 1 to {MOST_ROW_TOKENS:,} tokens")
     return METHODS[method](np.asarray(document_lengths, dtype=np.int64), seq_length)
 
 

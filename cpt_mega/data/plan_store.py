@@ -16,6 +16,7 @@ from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
+from safetensors import SafetensorError
 from safetensors.numpy import save_file
 
 from cpt_mega.data.indexed import IndexedCorpus, plans_path
@@ -40,7 +41,7 @@ def open_plan(corpus: IndexedCorpus, seq_length: int, method: str) -> RowPlan:
     with _one_at_a_time(path.parent):
         if (plan := _read(path)) is None:  # not made by another process meanwhile
             plan = plan_rows(np.concatenate(list(corpus.length_blocks())), seq_length, method)
-            with contextlib.suppress(OSError):  # a folder that is not ours to write, or a full disk
+            with contextlib.suppress(OSError, SafetensorError):  # a folder that is not ours to write, or a full disk
                 _write(plan, path)
     return plan
 
@@ -66,7 +67,7 @@ def _write(plan: RowPlan, path: Path) -> None:
     handle, unfinished = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
     os.close(handle)
     try:
-        about = {"seq_length": plan.seq_length, "statistics": asdict(plan.statistics)}
+        about = {"seq_length": plan.seq_length, "statistics": asdict(plan.statistics), "sums": _sums(plan)}
         # one entry: several would come in another order each time, and equal plans are to be equal files
         save_file({name: getattr(plan, name) for name in ARRAYS}, unfinished, {ABOUT: json.dumps(about)})
         with open(unfinished, "rb") as stream:
@@ -82,13 +83,20 @@ def _read(path: Path) -> RowPlan | None:
     try:
         with open(path, "rb") as stream:
             size = int.from_bytes(stream.read(8), "little")
+            if size > path.stat().st_size:
+                return None
             header = json.loads(stream.read(size))
         about = json.loads(header["__metadata__"][ABOUT])
         arrays = {name: _mapped(path, 8 + size, header[name]) for name in ARRAYS}
         plan = RowPlan(about["seq_length"], **arrays, statistics=PlanStatistics(**about["statistics"]))
-        return plan if plan.row_offsets[0] == 0 and plan.row_offsets[-1] == len(plan.length) else None
+        return plan if _sums(plan) == about["sums"] else None
     except (OSError, ValueError, KeyError, TypeError, IndexError):
         return None
+
+
+def _sums(plan: RowPlan) -> dict[str, int]:
+    """A quick look at every number: a disk that lost a block would train on other documents without a word."""
+    return {name: int(getattr(plan, name).sum(dtype=np.int64)) for name in ARRAYS}
 
 
 def _mapped(path: Path, begin: int, entry: dict) -> np.ndarray:

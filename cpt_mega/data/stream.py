@@ -6,6 +6,7 @@ of processes that read. What was drawn is a cursor and a token ledger per source
 and reweighted, without repeating or skipping a row of any source.
 """
 
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import NamedTuple
@@ -49,7 +50,8 @@ class Repetition:
 
     def rows(self, source: Source) -> float:
         """Rows that a source may give."""
-        return float("inf") if self.most_epochs is None else int(self.most_epochs * source.plan.rows)
+        # 1.15 x 100 is a little less than 115
+        return float("inf") if self.most_epochs is None else int(self.most_epochs * source.plan.rows + 1e-6)
 
 
 class MixedStream:
@@ -85,8 +87,10 @@ class MixedStream:
         self.repetition, self.checks = repetition, checks or RowChecks()
         self._hits: list[RowHit] = []
         self._index = {source.name: index for index, source in enumerate(self.sources)}
-        self._state = (state or StreamState()).under(mixture or fixed_mixture(sources))
+        self._state = (state or StreamState()).under(mixture or fixed_mixture(sources), seq_length)
+        self._forget_rows_that_are_not_there()
         self.exclude({})
+        self._take_back_dropped()
         self._begin()
 
     @property
@@ -156,7 +160,8 @@ class MixedStream:
         if set(weights) != set(self._index):
             odd = sorted(set(weights) ^ set(self._index))[0]
             raise InputError("weights", odd, f"give a weight to each of {', '.join(self._index)}, and to no other")
-        self._state.enter(Mixture.fixed({name: weight for name, weight in weights.items() if weight}))
+        left = {name: weight for name, weight in weights.items() if weight != 0}
+        self._state.enter(Mixture.fixed(left, "weights"), self.seq_length)
         self._begin()
 
     def exclude(self, rows: Mapping[str, Iterable[int]]) -> None:
@@ -174,6 +179,27 @@ class MixedStream:
         self._state.excluded = excluded
         self._excluded = {name: set(some) for name, some in excluded.items()}
 
+    def _forget_rows_that_are_not_there(self) -> None:
+        """Excluded rows are numbers in a plan; under another one, which had to be accepted, some may be none."""
+        for name, rows in self._state.excluded.items():
+            if name in self._index:
+                there = self.sources[self._index[name]].plan.rows
+                self._state.excluded[name] = [row for row in rows if row < there]
+
+    def _take_back_dropped(self) -> None:
+        """Sources that were read out may be read on when they may be read more often now."""
+        back = [
+            name
+            for name in self._state.dropped
+            if self._state.sources[name].rows_taken < self.repetition.rows(self.sources[self._index[name]])
+        ]
+        if not back:
+            return
+        mixture, self._state.dropped = self._state.configured, [n for n in self._state.dropped if n not in back]
+        for name in self._state.dropped:
+            mixture = mixture.without(mixture.names.index(name), self._state.tokens)
+        self._state.enter(mixture, self.seq_length)
+
     def _begin(self) -> None:
         """Measures from the state on."""
         self._total, self._names = self._state.tokens, self._state.in_effect.names
@@ -187,7 +213,7 @@ class MixedStream:
         return begin, end
 
     def _draw(self) -> RowRef:
-        skipped = 0
+        skipped = Counter()
         while True:
             number = self._most_urgent()
             index = self._index[self._names[number]]
@@ -199,8 +225,9 @@ class MixedStream:
             ref = RowRef(index, self._row_at(source, drawn.rows_taken))
             if self._is_taken(ref):
                 break
-            drawn.rows_taken, skipped = drawn.rows_taken + 1, skipped + 1
-            if skipped > source.plan.rows:
+            drawn.rows_taken += 1
+            skipped[index] += 1
+            if skipped[index] > source.plan.rows:
                 fix = "every row of this source is odd: look at them, or choose other limits or another action"
                 raise InputError(f"data.row_checks of {source.name}", self._hits[-1].problem, fix)
         tokens = self.row_tokens(ref)
@@ -249,9 +276,10 @@ class MixedStream:
         if self.repetition.then == STOP:
             raise EndOfData(words)
         try:
-            self._state.enter(self._state.in_effect.without(number))
+            self._state.enter(self._state.in_effect.without(number, self._state.tokens), self.seq_length)
         except ValueError as error:
             raise EndOfData(f"{words}, and no other is left") from error
+        self._state.dropped.append(source.name)
         self._begin()
 
     def _row_at(self, source: Source, cursor: int) -> int:

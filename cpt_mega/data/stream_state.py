@@ -15,16 +15,19 @@ class SourceState:
         rows_taken: the cursor; it counts on through the epochs, and rows that are excluded with the others.
         tokens: real tokens taken.
         tokens_before: those of them taken before the mixture now in effect.
+        owed: tokens that were due and not taken then, less than a row; negative for what was taken ahead. Without them a source
+            with a small share would never be drawn when the mixture changes often.
     """
 
     rows_taken: int = 0
     tokens: int = 0
     tokens_before: int = 0
+    owed: float = 0.0
 
     @property
-    def tokens_under_mixture(self) -> int:
-        """Real tokens taken since the mixture took effect: what shares are measured on."""
-        return self.tokens - self.tokens_before
+    def tokens_under_mixture(self) -> float:
+        """Real tokens taken since the mixture took effect, less what was owed then: what shares are measured on."""
+        return self.tokens - self.tokens_before - self.owed
 
     def take(self, tokens: int) -> None:
         """Counts one row."""
@@ -45,6 +48,7 @@ class StreamState:
         in_effect: that one, or what was decided since: by a gate, by the losses, or because a source had given all.
         since: tokens of the run, of all sources, when it took effect.
         excluded: rows of each source that are stepped past, ascending.
+        dropped: sources that were in the mixture and have given all they may.
     """
 
     sources: dict[str, SourceState] = field(default_factory=dict)
@@ -52,6 +56,7 @@ class StreamState:
     in_effect: Mixture | None = None
     since: int = 0
     excluded: dict[str, list[int]] = field(default_factory=dict)
+    dropped: list[str] = field(default_factory=list)
 
     @property
     def tokens(self) -> int:
@@ -62,22 +67,27 @@ class StreamState:
         """A state that does not change with this one."""
         return deepcopy(self)
 
-    def under(self, configured: Mixture) -> "StreamState":
+    def under(self, configured: Mixture, row_tokens: int) -> "StreamState":
         """A copy under what a configuration asks for; sources it did not know start at 0, others keep cursor and ledger."""
         if configured == self.configured:
             return self.copy()
         state = self.copy()
-        state.configured = configured
         for name in configured.names:
             state.sources.setdefault(name, SourceState())
-        state.enter(configured)
+        state.enter(configured, row_tokens)
+        state.configured, state.dropped = configured, []
         return state
 
-    def enter(self, mixture: Mixture) -> None:
-        """Lets a mixture take effect from here on."""
-        self.in_effect, self.since = mixture, self.tokens
-        for source in self.sources.values():
-            source.tokens_before = source.tokens
+    def enter(self, mixture: Mixture, row_tokens: int) -> None:
+        """Lets a mixture take effect from here on; what sources lag or lead, a row at most, they keep."""
+        now, before = self.tokens, self.in_effect
+        for name, source in self.sources.items():
+            owed = 0.0
+            if before is not None and name in before.names:
+                due = before.entitled(before.names.index(name), self.since, now)
+                owed = min(max(due - source.tokens_under_mixture, -row_tokens), row_tokens)
+            source.owed, source.tokens_before = owed, source.tokens
+        self.in_effect, self.since = mixture, now
 
     def to_json(self) -> dict:
         """Plain values for JSON; ``from_json`` gives the same state back."""
@@ -87,6 +97,7 @@ class StreamState:
             **{name: mixture and mixture.to_json() for name, mixture in mixtures.items()},
             "since": self.since,
             "excluded": {name: list(rows) for name, rows in self.excluded.items()},
+            "dropped": list(self.dropped),
         }
 
     @classmethod
@@ -94,17 +105,25 @@ class StreamState:
         """Raises InputError when the value is not what ``to_json`` makes."""
         try:
             return cls(
-                sources={str(name): SourceState(**_counts(counts)) for name, counts in value["sources"].items()},
+                sources={str(name): _source(counts) for name, counts in value["sources"].items()},
                 **{name: value[name] and Mixture.from_json(value[name]) for name in ("configured", "in_effect")},
                 **_counts({"since": value["since"]}),
                 excluded={
                     str(name): sorted(_counts(dict(enumerate(rows))).values())
                     for name, rows in value["excluded"].items()
                 },
+                dropped=list(map(str, value["dropped"])),
             )
         except (KeyError, TypeError, ValueError, AttributeError, IndexError) as error:
             fix = f"not a saved data state ({error!r}); restore from another checkpoint"
             raise InputError("data state", value, fix) from error
+
+
+def _source(counts: dict) -> SourceState:
+    owed = counts.get("owed", 0.0)
+    if not isinstance(owed, int | float):
+        raise ValueError(f"owed is {owed!r}")
+    return SourceState(**_counts({name: count for name, count in counts.items() if name != "owed"}), owed=float(owed))
 
 
 def _counts(counts: dict) -> dict:

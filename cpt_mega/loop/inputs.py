@@ -55,8 +55,11 @@ def _warnings(config: Config, sources: list[Source]) -> Iterator[str]:
     if config.gates.general_perplexity_limit is not None and all(s.bucket != "general" for s in config.eval.sets):
         yield "no gate is armed: eval.sets has no set with bucket: general, so forgetting is not watched"
     for source, share in zip(sources, mean_shares(config, sources), strict=True):
-        passes = share * config.train.tokens / source.corpus.tokens
-        if passes > (config.data.max_epochs or MOST_PASSES):
+        passes, most = share * config.train.tokens / source.corpus.tokens, config.data.max_epochs
+        if most is not None and passes > most:
+            then = "ends the run" if config.data.at_max_epochs == "stop" else "leaves its share to the others"
+            yield f"source {source.name} would be read {passes:,.1f} times over: after {most:g} it {then} (data.max_epochs)"
+        elif passes > MOST_PASSES:
             yield f"source {source.name} is read {passes:,.1f} times over: more than {MOST_PASSES} passes usually hurt"
 
 

@@ -25,6 +25,7 @@ class DrawnBatch:
         tokens_by_source: tokens drawn from each source since the run began, this batch included.
         epochs_by_source: how often each source has been read since the run began.
         hits: odd rows in it, or stepped past for it.
+        dropped: sources that had no more to give for it.
     """
 
     refs: list[RowRef]
@@ -34,6 +35,7 @@ class DrawnBatch:
     tokens_by_source: dict[str, int]
     epochs_by_source: dict[str, float]
     hits: list[RowHit]
+    dropped: list[str]
 
 
 class Prefetcher:
@@ -64,10 +66,11 @@ class Prefetcher:
         self.rest()
         self._stream.go_on_from(StreamState.from_json(state))
         self._stream.take_hits()  # of the batch that is drawn anew
-        change(self._stream)
-        changed = self._stream.state.to_json()
-        self._ahead = self._thread.submit(self._draw)
-        return changed
+        try:
+            change(self._stream)
+            return self._stream.state.to_json()
+        finally:  # also after a change that was refused, which has changed nothing
+            self._ahead = self._thread.submit(self._draw)
 
     def rest(self) -> None:
         """Waits until the batch ahead is there; the thread then has nothing to do. Its error, if any, stays for ``next``."""
@@ -81,6 +84,7 @@ class Prefetcher:
         self._thread.shutdown(wait=True, cancel_futures=True)
 
     def _draw(self) -> DrawnBatch:
+        before = self._stream.state.dropped
         refs = self._stream.next_batch(self._rows)
         state = self._stream.state
         work = [self._stream.attention_work(ref) for ref in refs]
@@ -93,4 +97,5 @@ class Prefetcher:
             {name: source.tokens for name, source in state.sources.items()},
             self._stream.epochs,
             self._stream.take_hits(),
+            [name for name in state.dropped if name not in before],
         )

@@ -4,6 +4,7 @@ Nothing is stored for each step. The order is a pure function of the data state,
 start of each session and each change of weights, is an entry of the ledger: ``{"kind": "data", ...}``.
 """
 
+import contextlib
 import json
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -19,10 +20,10 @@ from cpt_mega.data.plan_store import open_plan
 from cpt_mega.data.row_checks import RowChecks
 from cpt_mega.data.rows import PackedRow
 from cpt_mega.data.sources import Source, corpus_identity
-from cpt_mega.data.stream import MixedStream, Repetition, RowRef
+from cpt_mega.data.stream import EndOfData, MixedStream, Repetition, RowRef
 from cpt_mega.data.stream_state import StreamState
 from cpt_mega.errors import InputError
-from cpt_mega.loop.run_folder import LEDGER, STATUS
+from cpt_mega.loop.run_folder import LEDGER, METRICS, STATUS
 
 KIND = "data"
 
@@ -87,12 +88,20 @@ class Replay:
         self._opened: dict[tuple, list[Source]] = {}
 
     def rows_of(self, step: int) -> list[SeenRow]:
-        """The rows of a step (from 1), in the order of the global batch. Raises InputError for a step not done yet."""
-        if not 1 <= step <= self.last_step:
-            raise InputError("--step", step, f"the run has done steps 1 to {self.last_step}")
-        entry = [entry for entry in self._entries if entry["step"] < step][-1]
+        """The rows of a step (from 1), in the order of the global batch; also of one that comes after the last.
+
+        That is how the step is looked at at which a run came to grief. Raises InputError for a step before the folder's first,
+        or behind the end of the data.
+        """
+        entry = next((entry for entry in reversed(self._entries) if entry["step"] < step), None)
+        if entry is None:
+            fix = f"this folder's run begins with step {self._entries[0]['step'] + 1}"
+            raise InputError("--step", step, fix)
         stream = self._stream(entry)
-        ((_, refs),) = islice(_batches(stream, entry), step - 1 - entry["step"], step - entry["step"])
+        try:
+            ((_, refs),) = islice(_batches(stream, entry), step - 1 - entry["step"], step - entry["step"])
+        except EndOfData as end:
+            raise InputError("--step", step, f"the data end before: {end}") from end
         return [_seen(stream, ref) for ref in refs]
 
     def when_seen(
@@ -103,14 +112,15 @@ class Replay:
         ``progress(steps, of all)`` tells how far it is. Raises InputError for a source or document that is not there.
         """
         ends = [*(entry["step"] for entry in self._entries[1:]), self.last_step]
+        names = {spec["name"] for entry in self._entries for spec in entry["sources"]}
+        if source not in names:
+            fix = f"the run has no such source; its sources are {', '.join(sorted(names))}"
+            raise InputError("--document", source, fix)
         for entry, end in zip(self._entries, ends, strict=True):
             stream = self._stream(entry)
-            names = [one.name for one in stream.sources]
-            if source not in names:
-                raise InputError(
-                    "--document", source, f"the run has no such source; its sources are {', '.join(names)}"
-                )
-            index = names.index(source)
+            index = next((number for number, one in enumerate(stream.sources) if one.name == source), None)
+            if index is None:  # added later, or dropped before
+                continue
             rows = _rows_with(stream.sources[index], document)
             for step, refs in islice(_batches(stream, entry), end - entry["step"]):
                 progress(step, self.last_step)
@@ -132,6 +142,9 @@ class Replay:
         )
 
     def _sources(self, entry: dict) -> list[Source]:
+        if entry["packing_version"] != PACKING_VERSION:
+            fix = f"this code packs by version {PACKING_VERSION}; look with the code that the run was made with"
+            raise InputError("packing of the run", f"version {entry['packing_version']}", fix)
         key = (json.dumps(entry["sources"]), entry["seq_length"], entry["packing"])
         if key not in self._opened:
             self._opened[key] = [_open(spec, entry) for spec in entry["sources"]]
@@ -144,8 +157,7 @@ def _entries(run_dir: Path) -> list[dict]:
     if not path.is_file():
         raise InputError("--run", str(run_dir), f"holds no {LEDGER}: name the run.dir of a run")
     entries: list[dict] = []
-    for line in path.read_text().splitlines():
-        entry = json.loads(line)
+    for entry in _lines(path):
         if entry.get("kind") == KIND:
             entries = [earlier for earlier in entries if earlier["step"] < entry["step"]] + [entry]
     if not entries:
@@ -158,18 +170,21 @@ def _entries(run_dir: Path) -> list[dict]:
 def _last_step(run_dir: Path) -> int:
     """The last step whose numbers are known."""
     steps = [0]
-    for name in ("metrics.jsonl", STATUS):
+    for name in (METRICS, STATUS):
         if (run_dir / name).is_file():
-            lines = (run_dir / name).read_text()
-            found = map(json.loads, lines.splitlines()) if name.endswith("l") else [json.loads(lines)]
+            found = _lines(run_dir / name) if name == METRICS else [json.loads((run_dir / name).read_text())]
             steps += [line.get("step") or 0 for line in found]
     return max(steps)
 
 
+def _lines(path: Path) -> Iterator[dict]:
+    """The objects of a file of lines; what a process was killed in the middle of is passed over."""
+    for line in path.read_text().splitlines():
+        with contextlib.suppress(ValueError):
+            yield json.loads(line)
+
+
 def _open(spec: dict, entry: dict) -> Source:
-    if entry["packing_version"] != PACKING_VERSION:
-        fix = f"this code packs by version {PACKING_VERSION}; look with the code that the run was made with"
-        raise InputError("packing of the run", f"version {entry['packing_version']}", fix)
     corpus = IndexedCorpus(spec["path"])
     if corpus_identity(spec["path"]) != spec["identity"]:
         fix = f"is not the corpus that the run was trained on ({spec['identity'][:12]}); bring that one back"

@@ -103,8 +103,10 @@ class RunFolder:
         """Appends a decision to ``ledger.jsonl``, on disk before the run acts on it."""
         if not self.writes:
             return
-        with open(self.path / LEDGER, "a") as stream:
-            stream.write(json.dumps({"time_s": round(time.time(), 3), **line}) + "\n")
+        with open(self.path / LEDGER, "a+b") as stream:
+            if stream.tell() and (stream.seek(-1, os.SEEK_END), stream.read(1))[1] != b"\n":
+                stream.write(b"\n")  # a process was killed within a line
+            stream.write(json.dumps({"time_s": round(time.time(), 3), **line}).encode() + b"\n")
             stream.flush()
             os.fsync(stream.fileno())
 

@@ -145,9 +145,10 @@ class Trainer:
     def reweight(self, weights: Mapping[str, float], why: Mapping[str, object]) -> None:
         """Lets other shares of tokens take effect with the next step, until they are changed again or the run ends.
 
-        For gates and other callbacks, at a boundary; all ranks must do so together. No row is repeated or skipped: the batch
-        that was read ahead is drawn anew. The decision and ``why`` go to the ledger, and the data state has it from then on,
-        so a continued run has it too. Raises InputError as ``MixedStream.reweight`` does.
+        For gates and other callbacks, at a boundary and before ``Checkpoints``; all ranks must do so together. No row is
+        repeated or skipped: the batch that was read ahead is drawn anew. The decision and ``why`` go to the ledger, and the
+        data state has it from then on, so a continued run has it too. Raises InputError as ``MixedStream.reweight`` does;
+        nothing is changed then.
         """
         self.state.stream = self._batches.redraw(self.state.stream, lambda stream: stream.reweight(weights))
         self.decide(
@@ -210,6 +211,8 @@ class Trainer:
         self.state.stream = batch.stream_state
         for hit in batch.hits:
             self.decide({"kind": "odd_row", "step": self.state.step, **asdict(hit)})
+        for name in batch.dropped:
+            self.decide({"kind": "weights", "step": self.state.step, "by": "data.max_epochs", "dropped": name})
         seconds = time.perf_counter() - begin
         return _Launched(batch, pending, self.state.step, self.state.tokens, waited, seconds)
 

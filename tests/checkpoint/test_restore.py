@@ -104,16 +104,23 @@ def test_harmless_differences_are_listed_and_taken(workers, jobsite, stopped, tm
 def test_rows_that_were_packed_by_other_code_are_refused_unless_accepted(workers, jobsite, stopped, tmp_path):
     folder = tmp_path / "checkpoint"
     shutil.copytree(next((stopped / "checkpoints").glob("iter_*")), folder)
-    state = json.loads((folder / "trainer_state.json").read_text())
-    del state["lineage"]["packing_version"]  # as code wrote it that knew of none
-    (folder / "trainer_state.json").write_text(json.dumps(state))
-    for name in (COMPLETE, MANIFEST):
-        (folder / name).unlink()
-    seal_folder(folder)
     words = [f"model.checkpoint={folder}", "restore.mode=full"]
-    refusal = _refused(workers, jobsite, tmp_path / "run", *words)
-    assert "data.packing = 'version 1'" in refusal and "packed by version None" in refusal
-    assert _train(workers, jobsite, tmp_path / "run", *words, "restore.accept=[data.packing]")[0] == "finished"
+
+    def written_by(version):
+        state = json.loads((folder / "trainer_state.json").read_text())
+        state["lineage"] |= {"packing_version": version}
+        (folder / "trainer_state.json").write_text(json.dumps(state))
+        for name in (COMPLETE, MANIFEST):
+            (folder / name).unlink()
+        seal_folder(folder)
+
+    written_by(None)
+    accepting = [*words, "restore.accept=[data.packing]"]
+    assert "of older code" in (refusal := _refused(workers, jobsite, tmp_path / "run", *accepting))
+    assert "restore.mode=weights" in refusal
+    written_by(0)
+    assert "data.packing = 'version 1'" in _refused(workers, jobsite, tmp_path / "run", *words)
+    assert _train(workers, jobsite, tmp_path / "run", *accepting)[0] == "finished"
 
 
 def test_another_corpus_under_the_same_name_is_refused(workers, jobsite, stopped, tmp_path):

@@ -61,13 +61,22 @@ def test_json_round_trip():
     assert Mixture.from_json(json.loads(json.dumps(mixture.to_json()))) == mixture
 
 
-def test_without_one_the_others_keep_their_proportions():
+def test_without_one_the_others_keep_their_proportions_from_there_on():
     mixture = Mixture.of([(0, {"a": 2, "b": 1, "c": 1}), (10, {"a": 0, "b": 3, "c": 1})])
-    assert mixture.without(0) == Mixture.of([(0, {"b": 1, "c": 1}), (10, {"b": 3, "c": 1})])
+    assert mixture.without(0, 0) == Mixture.of([(0, {"b": 1, "c": 1}), (10, {"b": 3, "c": 1})])
+    b, c = mixture.shares(4)[1:]
+    assert mixture.without(0, 4).shares(4) == pytest.approx((b / (b + c), c / (b + c)))
     only_a_first = Mixture.of([(0, {"a": 1, "b": 0}), (10, {"a": 0, "b": 1})])
-    assert only_a_first.without(0).shares(0) == (1.0,)
+    assert only_a_first.without(0, 3).shares(3) == (1.0,)
+
+
+@pytest.mark.parametrize("tokens", [10, 50])
+def test_where_nothing_is_asked_of_the_others_any_more_nothing_is_left(tokens):
+    fading = Mixture.of([(0, {"a": 1, "b": 1}), (10, {"a": 1, "b": 0})])
     with pytest.raises(ValueError, match="no source is left"):
-        Mixture.fixed({"a": 1}).without(0)
+        fading.without(0, tokens)
+    with pytest.raises(ValueError, match="no source is left"):
+        Mixture.fixed({"a": 1}).without(0, 0)
 
 
 @pytest.mark.parametrize(
@@ -77,6 +86,8 @@ def test_without_one_the_others_keep_their_proportions():
         ([(0, {"a": 1, "b": 1}), (5, {"a": 1})], "weights = 'b': every point gives a weight to each of a, b"),
         ([(0, {"a": -1, "b": 2})], "data.curriculum a = -1"),
         ([(0, {"a": math.nan, "b": 2})], "data.curriculum a = nan"),
+        ([(0, {"a": 1e308, "b": 2})], r"data.curriculum a = 1e\+308"),
+        ([(0, {"a": "x", "b": 2})], "data.curriculum a = 'x'"),
         ([(0, {"a": 1, "b": 0}), (5, {"a": 1, "b": 0})], "data.curriculum b = 0: has no share anywhere"),
         ([(0, {"a": 1, "b": 1}), (5, {"a": 0, "b": 0})], "tokens = 5: at this point no source has a share"),
     ],

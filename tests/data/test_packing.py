@@ -1,13 +1,16 @@
+import hashlib
+
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from cpt_mega.data.packing import plan_rows
+from cpt_mega.data.packing import PACKING_VERSION, plan_rows
 from cpt_mega.errors import InputError
 
 LENGTHS = st.lists(st.integers(0, 60), max_size=80)
 METHODS = ("concat", "best_fit")
+GOLDEN = ["ac2555e14326", "3d41d7235f22", "55e2cd44b807"]
 
 
 def tokens_of(plan):
@@ -97,6 +100,21 @@ def test_an_unknown_method_is_named():
         plan_rows(np.array([1]), 8, "first_fit")
 
 
-def test_a_row_needs_room():
+@pytest.mark.parametrize("seq_length", [0, -1, 2**31])
+def test_a_row_has_a_sensible_length(seq_length):
     with pytest.raises(InputError, match="train.seq_length"):
-        plan_rows(np.array([1]), 0)
+        plan_rows(np.array([5]), seq_length)
+
+
+def test_another_plan_for_the_same_lengths_is_another_version():
+    """A run that goes on after such a change would see rows twice or never: raise PACKING_VERSION with these digests."""
+    assert PACKING_VERSION == 1
+    random = np.random.default_rng(0)
+    web = np.concatenate([random.integers(1, 60, 3000), random.integers(60, 9000, 1000)])
+    digests = []
+    for lengths, seq_length, method in ((web, 1024, "best_fit"), (web, 4096, "best_fit"), (web, 1024, "concat")):
+        plan, digest = plan_rows(lengths, seq_length, method), hashlib.sha256()
+        for name in ("row_offsets", "document", "start", "length"):
+            digest.update(getattr(plan, name).astype("<i8"))
+        digests.append(digest.hexdigest()[:12])
+    assert digests == GOLDEN

@@ -5,6 +5,7 @@ from dataclasses import asdict
 
 import numpy as np
 import pytest
+from safetensors import SafetensorError
 
 from cpt_mega.data import plan_store
 from cpt_mega.data.indexed import IndexedCorpus, plans_path
@@ -70,7 +71,20 @@ def of_something_else(path):
     path.write_bytes(len(header).to_bytes(8, "little") + header)
 
 
-@pytest.mark.parametrize("damage", [torn, empty, of_something_else], ids=lambda damage: damage.__name__)
+def not_a_header(path):
+    path.write_bytes(b"\xff" * 200)
+
+
+def zeros_in_the_middle(path):
+    raw = bytearray(path.read_bytes())
+    raw[-100:-60] = bytes(40)
+    path.write_bytes(raw)
+
+
+DAMAGES = [torn, empty, of_something_else, not_a_header, zeros_in_the_middle]
+
+
+@pytest.mark.parametrize("damage", DAMAGES, ids=lambda damage: damage.__name__)
 def test_a_damaged_file_is_made_again(corpus, damage):
     made = open_plan(corpus, 32, "best_fit")
     path = plans_path(corpus.prefix) / files(corpus)[0]
@@ -84,6 +98,15 @@ def test_without_a_place_to_keep_it_the_plan_is_made_all_the_same(corpus):
     plans_path(corpus.prefix).write_text("no folder")  # root may write anywhere: a folder without write rights would do
     plan = open_plan(corpus, 32, "best_fit")
     assert plan.rows and plans_path(corpus.prefix).read_text() == "no folder"
+
+
+def test_a_full_disk_is_no_reason_to_stop(corpus, monkeypatch):
+    def full(*_):
+        raise SafetensorError("I/O error: No space left on device (os error 28)")
+
+    monkeypatch.setattr(plan_store, "save_file", full)
+    assert open_plan(corpus, 32, "best_fit").rows
+    assert files(corpus) == [] and os.listdir(plans_path(corpus.prefix)) == [".lock"]
 
 
 def _open(prefix, packed, results):

@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from cpt_mega.data.row_checks import RowChecks, longest_run, periodic_share
-from cpt_mega.data.stream import MixedStream
+from cpt_mega.data.stream import EndOfData, MixedStream, Repetition
 from cpt_mega.data.stream_state import StreamState
 from cpt_mega.errors import InputError
 from tests.helpers.corpora import make_source, write_corpus
@@ -96,3 +96,20 @@ def test_a_source_of_odd_rows_alone_is_an_error(tmp_path):
     source = make_source(write_corpus(tmp_path / "c", [[7] * S] * 3), "a", 1, S)
     with pytest.raises(InputError, match="data.row_checks of a = 'the same token 64 times in a row'"):
         stream_with(source, "skip").next_batch(1)
+
+
+def test_skipping_counts_for_each_source_alone(tmp_path):
+    """A source that is read out in between makes no other one odd."""
+    draw = np.random.default_rng(0)
+    good = draw.integers(10, 1000, (20, S)).tolist()
+    sources = [
+        make_source(write_corpus(tmp_path / "a", good[:2] + [[7] * S] * 12), "a", 1, S),
+        make_source(write_corpus(tmp_path / "b", [*good[2:6], [7] * S]), "b", 1, S),
+    ]
+    for seed in range(10):
+        stream = MixedStream(sources, S, seed, repetition=Repetition(1, "drop"), checks=RowChecks("skip", max_run=8))
+        refs = []
+        with pytest.raises(EndOfData):
+            while True:
+                refs += stream.next_batch(1)
+        assert sorted(refs) == [(0, 0), (0, 1), (1, 0), (1, 1), (1, 2), (1, 3)]

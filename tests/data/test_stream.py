@@ -220,14 +220,54 @@ def test_a_decision_during_the_run_holds_through_a_restart_and_until_the_user_as
     assert MixedStream(asked, S, seed=0, state=stream.state).shares == pytest.approx({"a": 0.9, "b": 0.1})
 
 
+@pytest.mark.parametrize("every", [1, 4, 10, 64])
+def test_deciding_the_same_again_and_again_changes_no_share(sources, every):
+    """A source with a small share is due rarely, and is not forgotten whenever something is decided."""
+    weights = {"a": 0.8, "b": 0.15, "c": 0.04, "d": 0.01}
+    mixture = [replace(source, weight=weights[source.name]) for source in sources]
+    stream, taken = MixedStream(mixture, S, seed=0), Counter()
+    for number in range(3000):
+        if number % every == 0:
+            stream.reweight(weights)
+        (ref,) = stream.next_batch(1)
+        taken[ref.source_index] += stream.row_tokens(ref)
+        for index, weight in enumerate(weights.values()):
+            assert abs(taken[index] - weight * taken.total()) < 2 * S
+    assert all(taken[index] for index in range(4))
+
+
+@given(
+    schedule=st.lists(
+        st.tuples(st.integers(1, 12), st.lists(st.floats(0.02, 1), min_size=4, max_size=4)), min_size=1, max_size=12
+    )
+)
+def test_what_is_asked_for_in_all_is_given_within_two_rows_through_any_changes(sources, schedule):
+    stream, taken, asked = MixedStream(sources, S, seed=0), Counter(), Counter()
+    for rows, weights in schedule:
+        stream.reweight(dict(zip(LENGTHS, weights, strict=True)))
+        for _ in range(rows):
+            (ref,) = stream.next_batch(1)
+            tokens = stream.row_tokens(ref)
+            taken[ref.source_index] += tokens
+            for index, weight in enumerate(weights):
+                asked[index] += tokens * weight / sum(weights)
+                assert abs(taken[index] - asked[index]) < 2 * S
+
+
 def test_a_share_may_be_taken_away_altogether(sources):
     stream = MixedStream(sources[:2], S, seed=0)
     stream.reweight({"a": 1, "b": 0})
     assert {ref.source_index for ref in stream.next_batch(30)} == {0}
     assert stream.shares == {"a": 1.0}
-    for weights in ({"a": 1}, {"a": 1, "b": 1, "x": 1}):
-        with pytest.raises(InputError, match="weights = '[bx]'"):
+    for weights, message in (
+        ({"a": 1}, "weights = 'b'"),
+        ({"a": 1, "b": 1, "x": 1}, "weights = 'x'"),
+        ({"a": 1, "b": -1}, "weights b = -1"),
+        ({"a": 0, "b": 0}, "no source has a share"),
+    ):
+        with pytest.raises(InputError, match=message):
             stream.reweight(weights)
+    assert stream.shares == {"a": 1.0}
 
 
 def test_going_back_draws_the_same_again(sources):
@@ -297,6 +337,26 @@ def test_a_source_that_is_read_out_leaves_its_share_to_the_others(sources):
     first = again.next_batch(len(refs) // 2)
     restored = MixedStream(sources, S, seed=0, state=StreamState.from_json(again.state.to_json()), **options)
     assert first + restored.next_batch(len(refs) - len(first)) == refs
+
+
+def test_a_dropped_source_comes_back_when_it_may_be_read_more_often(sources):
+    once, thrice = ({"repetition": Repetition(epochs, "drop")} for epochs in (1, 3))
+    stream = MixedStream(sources[:2], S, seed=0, **once)
+    stream.next_batch(sum(source.plan.rows for source in sources[:2]) - 1)
+    (dropped,) = stream.state.dropped
+    again = MixedStream(sources[:2], S, seed=0, state=stream.state, **thrice)
+    assert again.state.dropped == [] and set(again.shares) == {"a", "b"}
+    before = stream.state.sources[dropped].rows_taken
+    again.next_batch(30)
+    assert again.state.sources[dropped].rows_taken > before
+    same = MixedStream(sources[:2], S, seed=0, state=stream.state, **once)
+    assert same.state == stream.state
+
+
+def test_excluded_rows_that_another_plan_has_not_are_forgotten(sources):
+    state = MixedStream(sources[:1], S, seed=0).state
+    state.excluded = {"a": [1, 10**6], "gone": [3]}
+    assert MixedStream(sources[:1], S, seed=0, state=state).state.excluded == {"a": [1], "gone": [3]}
 
 
 def test_a_row_far_out_is_found_at_once(sources):

@@ -127,11 +127,12 @@ def test_the_tool_tells_it(workers, jobsite, tmp_path):
     name = f"{rows[0].source}:{first[0]['document']}"
     seen = json.loads(tool("--document", name, "--json").stdout)["seen"]
     assert {"step": 2, "place": 0, **{key: first[0][key] for key in ("document", "start", "length")}} in seen
+    assert "which the run has not finished" in tool("--step", "9").stdout
     text = tool("--step", "2").stdout
     assert "step 2 of" in text and f"row 0: row {rows[0].row} of {rows[0].source}" in text
     assert "tokens" in tool("--document", name).stdout.splitlines()[1]
     for words, message in (
-        (["--step", "2000"], "--step = 2000"),
+        (["--step", "0"], "--step = 0"),
         ([], "add --step K, or --document SOURCE:I"),
         (["--document", "17"], "give SOURCE:I"),
         (["--document", "domain:x"], "--document = 'x': give a number"),
@@ -168,11 +169,38 @@ def test_odd_rows_are_written_down_once_with_their_documents(workers, jobsite, t
     assert len(passed) >= len(odd) / 2 and len({(hit["step"], hit["row"]) for hit in hits}) == len(hits)
 
 
+def test_a_source_that_came_later_is_found_and_torn_lines_are_passed_over(workers, jobsite, tmp_path):
+    run = tmp_path / "run"
+    run_of(workers, jobsite, run)
+    more = "data.sources=" + yaml.safe_dump(
+        [
+            {"name": name, "path": f"{jobsite.folder}/{path}", "role": role}
+            for name, path, role in (
+                ("domain", "domain", "domain"),
+                ("replay", "replay", "replay"),
+                ("new", "domain.heldout", "domain"),
+            )
+        ],
+        default_flow_style=True,
+        width=10**6,
+    )
+    with open(run / "ledger.jsonl", "a") as stream:
+        stream.write('{"kind": "da')  # killed there
+    run_of(workers, jobsite, run, more.strip(), "train.tokens=2000", "restore.accept=[data.sources, train.tokens]")
+    replay = Replay(run)
+    last = [row for row in replay.rows_of(replay.last_step) if row.source == "new"][0]
+    assert replay.last_step in [step for step, _, _ in replay.when_seen("new", last.pieces[0].document)]
+    assert all(row.source != "new" for row in replay.rows_of(2))
+    with open(run / "metrics.jsonl", "a") as stream:
+        stream.write('{"kind": "tra')
+    assert Replay(run).last_step == replay.last_step
+
+
 def test_what_cannot_be_told_is_said(workers, jobsite, tmp_path):
     run_of(workers, jobsite, tmp_path / "run")
     replay = Replay(tmp_path / "run")
-    with pytest.raises(InputError, match=f"--step = {replay.last_step + 1}.*steps 1 to {replay.last_step}"):
-        replay.rows_of(replay.last_step + 1)
+    with pytest.raises(InputError, match="--step = 0: this folder's run begins with step 1"):
+        replay.rows_of(0)
     with pytest.raises(InputError, match="no such source; its sources are domain, replay"):
         list(replay.when_seen("x", 0))
     with pytest.raises(InputError, match="holds documents 0 to 59"):

@@ -2,8 +2,11 @@ import threading
 
 import pytest
 
+from cpt_mega.data.stream import MixedStream
 from cpt_mega.data.stream_state import StreamState
+from cpt_mega.errors import InputError
 from cpt_mega.loop.prefetch import Prefetcher
+from tests.helpers.corpora import counting_corpus, make_source
 
 
 class Stream:
@@ -45,3 +48,20 @@ def test_resting_after_the_end_does_not_wait_for_a_draw_that_was_cancelled():
         batches.redraw(StreamState().to_json(), lambda stream: threading.Timer(0.3, begun.set).start())
     assert batches._ahead.cancelled()
     batches.rest()
+
+
+def test_a_change_that_is_refused_changes_nothing_and_repeats_no_batch(tmp_path):
+    source = make_source(counting_corpus(tmp_path / "c", [8] * 50), "a", 1, 8)
+
+    def refs(changes):
+        found = []
+        with Prefetcher(MixedStream([source], 8, seed=0), prepared, 4) as batches:
+            for _ in range(5):
+                batch = batches.next()
+                found.append(batch.refs)
+                if changes:
+                    with pytest.raises(InputError, match="weights = 'a'"):
+                        batches.redraw(batch.stream_state, lambda stream: stream.reweight({"typo": 1}))
+        return found
+
+    assert refs(True) == refs(False)
