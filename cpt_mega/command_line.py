@@ -1,6 +1,7 @@
 """What command-line tools share: progress bars, a table, exit codes."""
 
 import contextlib
+import os
 import sys
 from collections.abc import Callable, Iterator, Mapping
 
@@ -65,6 +66,11 @@ def run_tool(main: Callable[[], None], interrupted: str = "interrupted: nothing 
     except CptMegaError as error:
         print(f"error: {' '.join(str(error).splitlines())}", file=sys.stderr)
         return int(error.exit_code)
+    except BrokenPipeError:  # who read the output has seen enough: `... | head`
+        os.dup2(
+            os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno()
+        )  # what is left would be complained about at the exit
+        return 0
     except OSError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

@@ -78,6 +78,13 @@ class RowPlan:
             return np.empty(0, np.int64)
         return np.add.reduceat(self.length, self.row_offsets[:-1], dtype=np.int64)
 
+    @property
+    def attention_work(self) -> np.ndarray:
+        """``attention_work_of`` every row, float64 [rows]."""
+        if not self.rows:
+            return np.empty(0)
+        return np.add.reduceat(np.square(self.length, dtype=np.float64), self.row_offsets[:-1])
+
     def tokens_of(self, row: int) -> int:
         """Real tokens of one row."""
         return int(self.length[self._span(row)].sum())

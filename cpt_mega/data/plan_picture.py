@@ -51,7 +51,7 @@ def draw_plan(plan: RowPlan, document_lengths: np.ndarray, path: Path, title: st
     words = f"{found.documents_a_row:.1f} on average, 99 % at most {found.documents_a_row_p99}, {found.most_documents} in one"
     a_row.set_title(words, fontsize="medium")
 
-    squares = np.add.reduceat(plan.length.astype(np.float64) ** 2, plan.row_offsets[:-1]) if plan.rows else np.ones(1)
+    squares = plan.attention_work if plan.rows else np.ones(1)
     relative = squares / squares.mean()
     work.hist(relative, BARS)
     work.set(yscale="log", xlabel="attention work of a row, over the mean", ylabel="rows")

@@ -80,7 +80,7 @@ def test_what_is_asked_of_one_row_is_asked_of_all():
     plan = plan_rows(np.random.default_rng(0).integers(1, 90, 300), 64)
     assert [plan.tokens_of(row) for row in range(plan.rows)] == plan.row_tokens.tolist()
     work = [sum(length**2 for _, _, length in plan.pieces(row)) for row in range(plan.rows)]
-    assert [plan.attention_work_of(row) for row in range(plan.rows)] == work
+    assert [plan.attention_work_of(row) for row in range(plan.rows)] == work == plan.attention_work.tolist()
 
 
 def test_a_document_takes_at_most_sixteen_bytes():

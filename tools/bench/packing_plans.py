@@ -122,7 +122,7 @@ def balance(plan: RowPlan) -> dict[str, float]:
     """Attention work: how uneven rows are, and the busiest rank over the mean, dealt in turn and by work."""
     from cpt_mega.engine.dealing import deal_rows
 
-    work = np.add.reduceat(plan.length.astype(np.float64) ** 2, plan.row_offsets[:-1])
+    work = plan.attention_work
     random, in_turn, dealt = np.random.default_rng(0), [], []
     for _ in range(BATCHES):
         batch = random.choice(work, RANKS * ROWS_A_RANK)
