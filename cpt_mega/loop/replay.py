@@ -28,14 +28,18 @@ from cpt_mega.loop.run_folder import LEDGER, METRICS, STATUS
 KIND = "data"
 
 
-def data_entry(config: Config, sources: list[Source], step: int, state: dict) -> dict:
-    """The ledger's line about the data that follow a step. ``state``: JSON of the stream's state there."""
+def data_entry(config: Config, sources: list[Source], identities: dict[str, str], step: int, state: dict) -> dict:
+    """The ledger's line about the data that follow a step.
+
+    Args:
+        identities: of the corpora, by source (``corpus_identity``).
+        state: JSON of the stream's state there.
+    """
     return {
         "kind": KIND,
         "step": step,
         "sources": [
-            {"name": s.name, "role": s.role, "path": s.corpus.prefix, "identity": corpus_identity(s.corpus.prefix)}
-            for s in sources
+            {"name": s.name, "role": s.role, "path": s.corpus.prefix, "identity": identities[s.name]} for s in sources
         ],
         "packing": config.data.packing,
         "packing_version": PACKING_VERSION,

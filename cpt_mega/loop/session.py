@@ -97,7 +97,7 @@ def _run_claimed(
         folder.decide({"kind": "restore", **place, "rows": restore.rows})
     stream = open_stream(config, inputs.sources, state.stream)
     if stream is not None:
-        folder.decide(data_entry(config, inputs.sources, state.step, stream.state.to_json()))
+        folder.decide(data_entry(config, inputs.sources, inputs.lineage["corpora"], state.step, stream.state.to_json()))
     trainer = Trainer(config, engine, stream, state, decide=folder.decide)
     trainer.callbacks = [
         Logging(folder, reporters, console),

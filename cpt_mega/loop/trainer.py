@@ -154,7 +154,8 @@ class Trainer:
         self.decide(
             {"kind": "weights", "step": self.state.step, "tokens": self.state.tokens, "weights": weights, **why}
         )
-        self.decide(data_entry(self.config, self.stream.sources, self.state.step, self.state.stream))
+        state = self.state
+        self.decide(data_entry(self.config, self.stream.sources, state.lineage["corpora"], state.step, state.stream))
 
     def quiesce(self) -> None:
         """Settles, and waits until the thread that reads ahead is at rest: core forks when it saves, and a lock that a
