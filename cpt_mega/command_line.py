@@ -67,9 +67,8 @@ def run_tool(main: Callable[[], None], interrupted: str = "interrupted: nothing 
         print(f"error: {' '.join(str(error).splitlines())}", file=sys.stderr)
         return int(error.exit_code)
     except BrokenPipeError:  # who read the output has seen enough: `... | head`
-        os.dup2(
-            os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno()
-        )  # what is left would be complained about at the exit
+        # what is still in the buffer would be complained about at the exit
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
     except OSError as error:
         print(f"error: {error}", file=sys.stderr)

@@ -22,38 +22,40 @@ def draw_plan(plan: RowPlan, document_lengths: np.ndarray, path: Path, title: st
         raise InputError("--picture", str(path), "matplotlib draws it: pip install 'cpt_mega[plots]'")
     from matplotlib.figure import Figure
 
-    found, length = plan.statistics, plan.seq_length
+    found = plan.statistics
     figure = Figure(figsize=(11, 7), layout="constrained")
-    figure.suptitle(
-        f"{title}: {found.documents:,} documents in {found.rows:,} rows of {length:,} tokens, {found.fill:.3%} full"
-    )
-    lengths_of_documents, fill, a_row, work = figure.subplots(2, 2).flat
-
-    lengths = document_lengths[document_lengths > 0]
-    edges = np.geomspace(1, max(int(lengths.max(initial=1)), length) + 1, BARS)
-    lengths_of_documents.hist(lengths, edges)
-    lengths_of_documents.axvline(
-        length, color="black", linestyle="--", label=f"a row; {found.split_documents:,} are longer"
-    )
-    lengths_of_documents.set(xscale="log", xlabel="tokens of a document", ylabel="documents")
-    lengths_of_documents.legend()
-
-    padding = length - plan.row_tokens
-    fill.hist(
-        padding, np.arange(0, max(int(padding.max(initial=0)), 1) + 2, max(1, int(padding.max(initial=0)) // BARS))
-    )
-    fill.set(yscale="log", xlabel="tokens of a row that are padding", ylabel="rows")
-    fill.set_title(f"{found.padding:,} tokens in all", fontsize="medium")
-
-    counts = np.diff(plan.row_offsets)
-    a_row.hist(counts, np.arange(1, found.most_documents + 2, max(1, found.most_documents // BARS)) - 0.5)
-    a_row.set(yscale="log", xlabel="documents of a row", ylabel="rows")
-    words = f"{found.documents_a_row:.1f} on average, 99 % at most {found.documents_a_row_p99}, {found.most_documents} in one"
-    a_row.set_title(words, fontsize="medium")
-
-    squares = plan.attention_work if plan.rows else np.ones(1)
-    relative = squares / squares.mean()
-    work.hist(relative, BARS)
-    work.set(yscale="log", xlabel="attention work of a row, over the mean", ylabel="rows")
-    work.set_title(f"99 % at most {np.percentile(relative, 99):.2f}", fontsize="medium")
+    rows = f"{found.rows:,} rows of {plan.seq_length:,} tokens, {found.fill:.3%} full"
+    figure.suptitle(f"{title}: {found.documents:,} documents in {rows}")
+    lengths, padding, documents, work = figure.subplots(2, 2).flat
+    _draw_lengths(lengths, plan, document_lengths[document_lengths > 0])
+    _draw_counts(padding, plan.seq_length - plan.row_tokens, "tokens of a row that are padding")
+    padding.set_title(f"{found.padding:,} tokens in all", fontsize="medium")
+    _draw_counts(documents, np.diff(plan.row_offsets), "documents of a row")
+    spread = f"99 % at most {found.documents_a_row_p99}, {found.most_documents} in one"
+    documents.set_title(f"{found.documents_a_row:.1f} on average, {spread}", fontsize="medium")
+    _draw_work(work, plan.attention_work)
     figure.savefig(path)
+
+
+def _draw_lengths(axes, plan: RowPlan, lengths: np.ndarray) -> None:
+    longest = max(int(lengths.max(initial=1)), plan.seq_length)
+    axes.hist(lengths, np.geomspace(1, longest + 1, BARS))
+    label = f"a row; {plan.statistics.split_documents:,} are longer"
+    axes.axvline(plan.seq_length, color="black", linestyle="--", label=label)
+    axes.set(xscale="log", xlabel="tokens of a document", ylabel="documents")
+    axes.legend()
+
+
+def _draw_counts(axes, counts: np.ndarray, label: str) -> None:
+    """Rows by a whole number; bars stand around whole numbers."""
+    most = int(counts.max(initial=0))
+    axes.hist(counts, np.arange(0, most + 2 + most // BARS, max(1, most // BARS)) - 0.5)
+    axes.set(yscale="log", xlabel=label, ylabel="rows")
+
+
+def _draw_work(axes, work: np.ndarray) -> None:
+    """Rows by attention work [rows] over its mean."""
+    relative = work / work.mean() if work.size else np.ones(1)
+    axes.hist(relative, BARS)
+    axes.set(yscale="log", xlabel="attention work of a row, over the mean", ylabel="rows")
+    axes.set_title(f"99 % at most {np.percentile(relative, 99):.2f}", fontsize="medium")

@@ -39,10 +39,8 @@ from cpt_mega.errors import InputError
 from cpt_mega.lineage import text_digest
 
 SHOWN_FAULTS = 3
-SAMPLE_BYTES, SAMPLE_UNITS = (
-    1 << 19,
-    8,
-)  # of the corpus, on which encoders are compared: the reference takes 0.2 s for it
+# Of the corpus, on which encoders are compared: the reference takes 0.2 s for it.
+SAMPLE_BYTES, SAMPLE_UNITS = 1 << 19, 8
 BOS_POLICIES = ("auto", "always", "never")
 ANY_NAME = ("*",)
 TEXT_FIELD, CHAT_FIELD = "text", "messages"

@@ -137,6 +137,11 @@ class MixedStream:
         hits, self._hits = self._hits, []
         return hits
 
+    @property
+    def dropped(self) -> tuple[str, ...]:
+        """Sources that have given all they may, and that the others go on without."""
+        return tuple(self._state.dropped)
+
     def row_tokens(self, ref: RowRef) -> int:
         """Real tokens of a row, padding left out."""
         return self.sources[ref.source_index].plan.tokens_of(ref.row)

@@ -84,7 +84,7 @@ class Prefetcher:
         self._thread.shutdown(wait=True, cancel_futures=True)
 
     def _draw(self) -> DrawnBatch:
-        before = self._stream.state.dropped
+        before = self._stream.dropped
         refs = self._stream.next_batch(self._rows)
         state = self._stream.state
         work = [self._stream.attention_work(ref) for ref in refs]

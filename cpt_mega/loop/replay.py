@@ -4,7 +4,6 @@ Nothing is stored for each step. The order is a pure function of the data state,
 start of each session and each change of weights, is an entry of the ledger: ``{"kind": "data", ...}``.
 """
 
-import contextlib
 import json
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -23,7 +22,7 @@ from cpt_mega.data.sources import Source, corpus_identity
 from cpt_mega.data.stream import EndOfData, MixedStream, Repetition, RowRef
 from cpt_mega.data.stream_state import StreamState
 from cpt_mega.errors import InputError
-from cpt_mega.loop.run_folder import LEDGER, METRICS, STATUS
+from cpt_mega.loop.run_folder import LEDGER, METRICS, STATUS, read_lines
 
 KIND = "data"
 
@@ -161,7 +160,7 @@ def _entries(run_dir: Path) -> list[dict]:
     if not path.is_file():
         raise InputError("--run", str(run_dir), f"holds no {LEDGER}: name the run.dir of a run")
     entries: list[dict] = []
-    for entry in _lines(path):
+    for entry in read_lines(path):
         if entry.get("kind") == KIND:
             entries = [earlier for earlier in entries if earlier["step"] < entry["step"]] + [entry]
     if not entries:
@@ -173,19 +172,9 @@ def _entries(run_dir: Path) -> list[dict]:
 
 def _last_step(run_dir: Path) -> int:
     """The last step whose numbers are known."""
-    steps = [0]
-    for name in (METRICS, STATUS):
-        if (run_dir / name).is_file():
-            found = _lines(run_dir / name) if name == METRICS else [json.loads((run_dir / name).read_text())]
-            steps += [line.get("step") or 0 for line in found]
-    return max(steps)
-
-
-def _lines(path: Path) -> Iterator[dict]:
-    """The objects of a file of lines; what a process was killed in the middle of is passed over."""
-    for line in path.read_text().splitlines():
-        with contextlib.suppress(ValueError):
-            yield json.loads(line)
+    status = run_dir / STATUS
+    found = [*read_lines(run_dir / METRICS), json.loads(status.read_text()) if status.is_file() else {}]
+    return max(line.get("step") or 0 for line in found)
 
 
 def _open(spec: dict, entry: dict) -> Source:

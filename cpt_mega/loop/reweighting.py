@@ -13,6 +13,7 @@ class AdaptiveWeights(NullCallback):
     """
 
     def on_report(self, trainer: Trainer, report: StepReport) -> None:
+        """Adds a step's mean loss (nats a token) of each source to what has been seen since the last decision."""
         if trainer.config.data.adaptive.interval_tokens is None:
             return
         for name, loss in report.loss_by_source.items():
@@ -20,6 +21,7 @@ class AdaptiveWeights(NullCallback):
             trainer.state.source_losses[name] = [total + loss, steps + 1]
 
     def on_boundary(self, trainer: Trainer, tokens: int) -> None:
+        """Decides, on all ranks, when a multiple of ``data.adaptive.interval_tokens`` lies in the last step."""
         options, now = trainer.config.data.adaptive, trainer.state.tokens
         if not crossed(now - tokens, now, options.interval_tokens):
             return

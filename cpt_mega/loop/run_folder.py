@@ -6,6 +6,7 @@ Only the main process writes. ``metrics.jsonl`` holds one line a step and one a 
 import contextlib
 import fcntl
 import json
+import math
 import os
 import socket
 import time
@@ -142,15 +143,20 @@ def ended_since(run_dir: str | Path, moment: float) -> bool:
     return (Path(run_dir) / STATUS).stat().st_mtime >= moment
 
 
+def read_lines(path: Path) -> list[dict]:
+    """The JSON objects of a file of lines, none when there is no file; a line cut by a crash is passed over."""
+    found = []
+    for line in path.read_text().splitlines() if path.is_file() else ():
+        with contextlib.suppress(ValueError):
+            found.append(json.loads(line))
+    return [value for value in found if isinstance(value, dict)]
+
+
 def drop_lines_after(path: Path, step: int) -> None:
     """Keeps the lines of steps up to ``step``; a line cut by a crash goes too."""
     if not path.is_file():
         return
-    kept = []
-    for line in path.read_text().splitlines():
-        with contextlib.suppress(ValueError, KeyError, TypeError):
-            if json.loads(line)["step"] <= step:
-                kept.append(line + "\n")
+    kept = [json.dumps(line) + "\n" for line in read_lines(path) if line.get("step", math.inf) <= step]
     building = path.with_suffix(".building")
     building.write_text("".join(kept))
     os.replace(building, path)

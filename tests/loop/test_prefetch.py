@@ -12,7 +12,7 @@ from tests.helpers.corpora import counting_corpus, make_source
 class Stream:
     """As much of a stream as the prefetcher asks for when nothing is drawn."""
 
-    state, epochs = StreamState(), {}
+    state, epochs, dropped = StreamState(), {}, ()
 
     def go_on_from(self, state):
         self.went = state
