@@ -24,10 +24,11 @@ MODEL = {
     "num_hidden_layers": 6,
     "num_attention_heads": 6,
     "num_key_value_heads": 2,
-    "max_position_embeddings": 512,
+    "max_position_embeddings": 8192,
     "tie_word_embeddings": False,
 }
-SEQ_LENGTH, ROWS, ROWS_AT_ONCE = 512, 2, 1  # ROWS_AT_ONCE: the micro-batch
+ROWS, ROWS_AT_ONCE = 2, 1  # ROWS_AT_ONCE: the micro-batch
+DEFAULT_SEQ_LENGTH = 2048
 ADAM = {"lr": 1e-4, "weight_decay": 0.1, "beta1": 0.9, "beta2": 0.95, "eps": 1e-8, "clip_norm": 1.0}
 EOS = 0
 
@@ -48,12 +49,13 @@ def main() -> int:
     parser = argparse.ArgumentParser(description="One contender of step_overhead.py.")
     parser.add_argument("contender", choices=["prepare", *CONTENDERS])
     parser.add_argument("folder", type=Path, help="what `prepare` makes and the others read")
+    parser.add_argument("--seq-length", type=int, default=DEFAULT_SEQ_LENGTH, help="tokens a row, said to `prepare`")
     parser.add_argument("--tp", type=int, default=1, help="tensor-parallel size; as many processes, under torchrun")
     parser.add_argument("--warmup", type=int, default=3, help="steps before the timed ones")
     parser.add_argument("--steps", type=int, default=10, help="timed steps")
     options = parser.parse_args()
     if options.contender == "prepare":
-        prepare(options.folder)
+        prepare(options.folder, options.seq_length)
         return 0
     report = CONTENDERS[options.contender](options.folder, options.tp, options.warmup, options.steps)
     if os.environ.get("RANK", "0") == "0":
@@ -61,7 +63,7 @@ def main() -> int:
     return 0
 
 
-def prepare(folder: Path) -> None:
+def prepare(folder: Path, seq_length: int) -> None:
     """A random Llama as a Hugging Face folder and as an import, a corpus of one batch, and that batch as tensors.
 
     Each document fills a row, so that packed and plain rows are the same work; each epoch of the trainer is one batch, so
@@ -80,14 +82,14 @@ def prepare(folder: Path) -> None:
     LlamaForCausalLM(LlamaConfig(**MODEL, bos_token_id=None, eos_token_id=EOS)).save_pretrained(folder / "hf")
     import_hf(folder / "hf", folder / "import")
     draw = np.random.default_rng(20)
-    ids = draw.integers(1, MODEL["vocab_size"], (ROWS, SEQ_LENGTH))
+    ids = draw.integers(1, MODEL["vocab_size"], (ROWS, seq_length))
     ids[:, -1] = EOS
     with IndexedCorpusWriter(str(folder / "corpus"), np.uint16) as writer:
         for row in ids:
             writer.add(row.astype(np.uint16))
     torch.save(torch.from_numpy(ids), folder / "ids.pt")
     torch.save(_packed_rows(torch.from_numpy(ids)), folder / "batch.pt")
-    words = {"folder": folder, "seq": SEQ_LENGTH, "rows": ROWS, "rows_at_once": ROWS_AT_ONCE, "adam": json.dumps(ADAM)}
+    words = {"folder": folder, "seq": seq_length, "rows": ROWS, "rows_at_once": ROWS_AT_ONCE, "adam": json.dumps(ADAM)}
     (folder / "train.yaml").write_text(TRAIN.format(**words))
 
 
@@ -97,20 +99,21 @@ def _packed_rows(ids) -> list[dict]:
 
     labels, mask = torch.roll(ids, -1, 1), torch.ones(ids.shape)
     labels[:, -1], mask[:, -1] = 0, 0
+    seq_length = ids.shape[1]
     groups = zip(*(x.split(ROWS_AT_ONCE) for x in (ids, labels, mask)), strict=True)
-    bounds = torch.arange(0, ROWS_AT_ONCE + 1, dtype=torch.int32) * SEQ_LENGTH
+    bounds = torch.arange(0, ROWS_AT_ONCE + 1, dtype=torch.int32) * seq_length
     names = ("ids", "labels", "mask")
     return [
         {
             **{name: x.reshape(1, -1) for name, x in zip(names, group, strict=True)},
             "bounds": bounds,
-            "longest": SEQ_LENGTH,
+            "longest": seq_length,
         }
         for group in groups
     ]
 
 
-def bare_settings(folder: Path, tp: int, warmup: int, steps: int) -> dict:
+def bare_settings(folder: Path, seq_length: int, tp: int, warmup: int, steps: int) -> dict:
     """What ``bare_core.py`` reads: the same model, weights, batch and optimizer as the other contenders'."""
     return {
         "core": {
@@ -127,7 +130,7 @@ def bare_settings(folder: Path, tp: int, warmup: int, steps: int) -> dict:
         },
         "model": {
             "vocab_size": MODEL["vocab_size"],
-            "max_sequence_length": SEQ_LENGTH,
+            "max_sequence_length": seq_length,
             "share_embeddings_and_output_weights": False,
         },
         "bf16": False,
@@ -148,6 +151,8 @@ def bare_settings(folder: Path, tp: int, warmup: int, steps: int) -> dict:
 
 def run_trainer(folder: Path, tp: int, warmup: int, steps: int) -> dict:
     """The trainer as its command runs it, in a run folder of its own; the wall between the ends of its steps."""
+    import torch
+
     from cpt_mega.loop.callbacks import NullCallback
     from cpt_mega.loop.trainer import Trainer
     from cpt_mega.train import main as train
@@ -165,7 +170,7 @@ def run_trainer(folder: Path, tp: int, warmup: int, steps: int) -> dict:
         return run(trainer)
 
     Trainer.run = watched
-    tokens = (warmup + steps) * ROWS * SEQ_LENGTH
+    tokens = (warmup + steps) * torch.load(folder / "ids.pt").numel()
     words = [f"run.dir={folder / f'run_tp{tp}'}", f"train.tokens={tokens}", f"parallel.tp={tp}"]
     code = train(["--config", str(folder / "train.yaml"), *words, f"parallel.sp={str(tp > 1).lower()}"])
     if code:

@@ -23,7 +23,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from statistics import median
 
-from contenders import ADAM, MODEL, ROWS, ROWS_AT_ONCE, SEQ_LENGTH, bare_settings
+from contenders import ADAM, DEFAULT_SEQ_LENGTH, MODEL, ROWS, ROWS_AT_ONCE, bare_settings
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
@@ -35,7 +35,7 @@ LARGEST_LOSS_DIFFERENCE = 1e-4
 LONGEST_RUN_S = 900
 PACKAGES = ("torch", "megatron-core", "transformers", "accelerate", "numpy")
 CONDITIONS = (
-    f"{ROWS} rows of {SEQ_LENGTH} tokens a step in micro-batches of {ROWS_AT_ONCE}; one document fills each row, so that "
+    f"{ROWS} rows a step in micro-batches of {ROWS_AT_ONCE}; one document fills each row, so that "
     "packed and plain rows are the same work. fp32, one thread a process."
 )
 
@@ -97,10 +97,19 @@ def main() -> int:
     parser.add_argument("--rounds", type=int, default=5, help="times that every contender runs (default 5)")
     parser.add_argument("--steps", type=int, default=20, help="timed steps of a run (default 20)")
     parser.add_argument("--warmup", type=int, default=3, help="steps before them (default 3)")
+    parser.add_argument(
+        "--seq-length",
+        type=int,
+        default=DEFAULT_SEQ_LENGTH,
+        metavar="N",
+        help=f"tokens a row (default {DEFAULT_SEQ_LENGTH})",
+    )
     parser.add_argument("--json", type=Path, metavar="FILE", help="write what was measured, with versions")
     options = parser.parse_args()
     if min(options.rounds, options.steps, options.warmup) < 1:
         parser.error("--rounds, --steps and --warmup must be at least 1")
+    if not 2 <= options.seq_length <= MODEL["max_position_embeddings"]:
+        parser.error(f"--seq-length must lie between 2 and {MODEL['max_position_embeddings']}")
     folder = Path(tempfile.mkdtemp(prefix="cpt_mega_overhead_"))
     try:
         return measure(options, folder)
@@ -122,7 +131,7 @@ def measure(options: argparse.Namespace, folder: Path) -> int:
     rounds = []
     with Progress(*columns, console=console) as progress:
         task = progress.add_task("preparing", total=options.rounds * len(contenders))
-        run([sys.executable, str(HERE / "contenders.py"), "prepare", str(folder)])
+        run([sys.executable, str(HERE / "contenders.py"), "prepare", str(folder), "--seq-length", str(options.seq_length)])
         for number in range(1, options.rounds + 1):
             rounds.append({})
             for contender in contenders:
@@ -134,7 +143,7 @@ def measure(options: argparse.Namespace, folder: Path) -> int:
     steps = [{title: report["step_ms"] for title, report in one.items()} for one in rounds]
     speeds, ratios = summarise(steps)
     differences = loss_differences(rounds[0])
-    print_tables(console, speeds, ratios, differences, left_out)
+    print_tables(console, options.seq_length, speeds, ratios, differences, left_out)
     if options.json:
         write_json(options, rounds, speeds, ratios, differences)
     return 0 if max(differences.values(), default=0.0) <= LARGEST_LOSS_DIFFERENCE else 1
@@ -147,7 +156,7 @@ def command(contender: Contender, folder: Path, options: argparse.Namespace) -> 
         python += ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(contender.processes)]
     if contender.word == "bare":
         settings = folder / f"bare_{contender.processes}.json"
-        wanted = bare_settings(folder, contender.processes, options.warmup, options.steps)
+        wanted = bare_settings(folder, options.seq_length, contender.processes, options.warmup, options.steps)
         settings.write_text(json.dumps(wanted))
         return [*python, str(HERE / "bare_core.py"), str(settings)]
     words = ["--tp", str(contender.processes), "--warmup", str(options.warmup), "--steps", str(options.steps)]
@@ -201,8 +210,8 @@ def loss_differences(reports: dict[str, dict]) -> dict[str, float]:
     return {title: abs(loss - expected) for title, loss in losses.items() if loss is not None}
 
 
-def print_tables(console: Console, speeds: dict, ratios: dict, differences: dict, left_out: dict) -> None:
-    table = Table(title="milliseconds a step: median of rounds (range)", title_justify="left", border_style="cyan")
+def print_tables(console: Console, seq_length: int, speeds: dict, ratios: dict, differences: dict, left_out: dict) -> None:
+    table = Table(title=f"milliseconds a step of {ROWS} rows of {seq_length:,} tokens: median of rounds (range)", title_justify="left", border_style="cyan")
     for name in ("", "ms", "steps/s", "first loss against the trainer's"):
         table.add_column(name)
     for contender in ALL:
@@ -245,7 +254,7 @@ def write_json(options: argparse.Namespace, rounds: list, speeds: dict, ratios: 
         "date": time.strftime("%Y-%m-%d %H:%M:%S"),
         "versions": {"python": platform.python_version(), **{name: package_version(name) for name in PACKAGES}},
         "machine": {"cores": os.cpu_count(), "system": platform.platform(), "load_average": os.getloadavg()},
-        "settings": {"model": MODEL, "adam": ADAM, "conditions": CONDITIONS, "warmup": options.warmup},
+        "settings": {"model": MODEL, "adam": ADAM, "conditions": CONDITIONS, "seq_length": options.seq_length, "warmup": options.warmup},
         "ms_per_step": {title: vars(speed) for title, speed in speeds.items()},
         "ratios": {f"{a} / {b}": vars(ratio) for (a, b), ratio in ratios.items()},
         "targets": targets,
