@@ -85,11 +85,11 @@ class Mixture:
             return place if slope > 0 else math.inf
         return place + 2 * left / (at + root)
 
-    def without(self, source: int, tokens: int) -> "Mixture":
+    def without(self, source: int, tokens: int) -> "Mixture | None":
         """From a place of the run on the others, at each point in their own proportions.
 
-        Where none of them has a share they have those of the next point at which any has. Raises ValueError when there is
-        none: nothing that is asked for is left.
+        Where none of them has a share they have those of the next point at which any has. None when there is no such point:
+        nothing that is asked for is left.
         """
         later = [(tokens, self.shares(tokens)), *(point for point in self.points if point[0] > tokens)]
         rest = [(at, shares[:source] + shares[source + 1 :]) for at, shares in later]
@@ -97,7 +97,7 @@ class Mixture:
         for index, (at, _) in enumerate(rest):
             shares = next((shares for _, shares in rest[index:] if any(shares)), None)
             if shares is None:
-                raise ValueError("no source is left")
+                return None
             filled.append((at, _normalised(shares)))
         start = [(0, filled[0][1])] if tokens > 0 else []
         return Mixture(self.names[:source] + self.names[source + 1 :], tuple(start + filled))

@@ -33,6 +33,18 @@ def permuted(index: int, n: int, key: int) -> int:
             return index
 
 
+def unpermuted(image: int, n: int, key: int) -> int:
+    """The index that ``permuted`` takes to ``image``. Raises IndexError as it does."""
+    if not 0 <= image < n:
+        raise IndexError(f"image {image} is outside range({n})")
+    bits = max(2, (n - 1).bit_length())
+    rounds = _round_keys(key)
+    while True:
+        image = _feistel_back(image, bits, rounds)
+        if image < n:
+            return image
+
+
 def _feistel(value: int, bits: int, rounds: tuple[int, ...]) -> int:
     """One pass over ``bits`` bits; with an odd count the halves differ in width and swap it every round."""
     low_bits = bits // 2
@@ -41,6 +53,16 @@ def _feistel(value: int, bits: int, rounds: tuple[int, ...]) -> int:
     for key in rounds:
         high, low = low, high ^ (_mixed(low ^ key) & ((1 << high_bits) - 1))
         high_bits, low_bits = low_bits, high_bits
+    return high << low_bits | low
+
+
+def _feistel_back(value: int, bits: int, rounds: tuple[int, ...]) -> int:
+    low_bits = bits // 2
+    high_bits = bits - low_bits
+    high, low = value >> low_bits, value & ((1 << low_bits) - 1)
+    for key in reversed(rounds):
+        high_bits, low_bits = low_bits, high_bits
+        high, low = low ^ (_mixed(high ^ key) & ((1 << high_bits) - 1)), high
     return high << low_bits | low
 
 

@@ -78,6 +78,13 @@ def build_row(
     return PackedRow(ids, labels, loss_mask, doc_lengths)
 
 
+def counted_tokens(corpus: IndexedCorpus, plan: RowPlan, row: int) -> int:
+    """Real tokens of a row that the corpus lets count: all of them where it has no loss mask."""
+    if not corpus.has_mask:
+        return plan.tokens_of(row)
+    return sum(int(corpus.read_mask(*piece).sum(dtype=np.int64)) for piece in plan.pieces(row))
+
+
 def _check_ids(corpus: IndexedCorpus, document: int, tokens: np.ndarray, vocab_size: int) -> None:
     # one pass finds both ends: a negative id is a huge unsigned one
     if int(tokens.view(np.uint64).max()) >= vocab_size:

@@ -29,6 +29,7 @@ class Source:
         corpus, plan: the tokens and their packing into rows.
         weight: share of the mixture's tokens, relative to the other sources' weights.
         vocab_size: of the model, to check token ids as rows are read; None checks nothing.
+        masked_tokens: those of the corpus that its loss mask leaves out, as far as its manifest knows.
     """
 
     name: str
@@ -37,6 +38,12 @@ class Source:
     plan: RowPlan
     weight: float
     vocab_size: int | None = None
+    masked_tokens: int = 0
+
+    @property
+    def counted_tokens(self) -> int:
+        """Tokens of the corpus that count for the loss, and so for shares, ledger and budget."""
+        return self.corpus.tokens - self.masked_tokens
 
     def described(self) -> dict:
         """What it is and how its documents fill rows, as plain values."""
@@ -50,6 +57,7 @@ class Source:
             "role": self.role,
             "path": self.corpus.prefix,
             "weight": self.weight,
+            "masked_tokens": self.masked_tokens,
             "packing": packing,
         }
 
@@ -87,7 +95,7 @@ def default_weights(roles: Sequence[str], weights: Sequence[float | None]) -> li
 
 def check_sources(sources: Sequence[Source]) -> None:
     """Raises InputError without sources, for two of one name, for a weight that is not a positive number, and for a
-    source without rows."""
+    source without rows, or without a token that counts."""
     if not sources:
         raise InputError(FIELD, [], "give at least one source")
     _check_names([source.name for source in sources])
@@ -97,6 +105,9 @@ def check_sources(sources: Sequence[Source]) -> None:
             raise InputError(f"{FIELD} {source.name} weight", source.weight, fix)
         if not source.plan.rows:
             raise InputError(f"{FIELD} {source.name} path", source.corpus.prefix, "the corpus holds no token")
+        if not source.counted_tokens:
+            fix = "its loss mask leaves every token out, so nothing would be learned; preprocess with --loss-mask all"
+            raise InputError(f"{FIELD} {source.name} path", source.corpus.prefix, fix)
 
 
 def fixed_mixture(sources: Sequence[Source]) -> Mixture:
@@ -127,8 +138,8 @@ def open_sources(
     sources = []
     for spec, weight in zip(specs, weights, strict=True):
         corpus = open_corpus(f"{FIELD} {spec['name']}", spec["path"], tokenizer_digest, vocab_size)
-        plan = open_plan(corpus, seq_length, packing)
-        sources.append(Source(spec["name"], spec["role"], corpus, plan, weight, vocab_size))
+        plan, masked = open_plan(corpus, seq_length, packing), _masked_tokens(corpus)
+        sources.append(Source(spec["name"], spec["role"], corpus, plan, weight, vocab_size, masked))
     if sources:
         check_sources(sources)
     return sources
@@ -151,6 +162,11 @@ def open_corpus(field: str, prefix: str, tokenizer_digest: str, vocab_size: int)
         fix = f"the model's vocabulary has {vocab_size} tokens; preprocess with the model's tokenizer"
         raise InputError(f"{field} vocab_size", manifest.vocab_size, fix)
     return corpus
+
+
+def _masked_tokens(corpus: IndexedCorpus) -> int:
+    manifest = load_manifest(corpus.prefix) if corpus.has_mask else None
+    return 0 if manifest is None or manifest.counted_tokens is None else corpus.tokens - manifest.counted_tokens
 
 
 def _check_names(names: Sequence[str]) -> None:

@@ -14,9 +14,9 @@ from typing import NamedTuple
 import numpy as np
 
 from cpt_mega.data.mixture import Mixture
-from cpt_mega.data.order import order_key, permuted
+from cpt_mega.data.order import order_key, permuted, unpermuted
 from cpt_mega.data.row_checks import MASK, OFF, SKIP, RowChecks, RowHit
-from cpt_mega.data.rows import PAD_ID, PackedRow, build_row
+from cpt_mega.data.rows import PAD_ID, PackedRow, build_row, counted_tokens
 from cpt_mega.data.sources import Source, check_sources, fixed_mixture
 from cpt_mega.data.stream_state import SourceState, StreamState
 from cpt_mega.errors import InputError
@@ -86,6 +86,7 @@ class MixedStream:
         self.sources, self.seq_length, self.seed, self.pad_id = list(sources), seq_length, seed, pad_id
         self.repetition, self.checks = repetition, checks or RowChecks()
         self._hits: list[RowHit] = []
+        self._barren = Counter()
         self._index = {source.name: index for index, source in enumerate(self.sources)}
         self._state = (state or StreamState()).under(mixture or fixed_mixture(sources), seq_length)
         self._forget_rows_that_are_not_there()
@@ -97,6 +98,11 @@ class MixedStream:
     def state(self) -> StreamState:
         """Where the stream stands, as a copy."""
         return self._state.copy()
+
+    @property
+    def tokens(self) -> int:
+        """What the ledgers of all sources hold."""
+        return self._total
 
     @property
     def shares(self) -> dict[str, float]:
@@ -143,16 +149,27 @@ class MixedStream:
         return tuple(self._state.dropped)
 
     def row_tokens(self, ref: RowRef) -> int:
-        """Real tokens of a row, padding left out."""
+        """Real tokens of a row, padding left out: what is computed, whether it counts or not."""
         return self.sources[ref.source_index].plan.tokens_of(ref.row)
 
     def attention_work(self, ref: RowRef) -> int:
         """Of a row, as the sum of its documents' squared lengths."""
         return self.sources[ref.source_index].plan.attention_work_of(ref.row)
 
+    def cursors_of(self, ref: RowRef, first: int, last: int) -> list[int]:
+        """The cursors of its source, from ``first`` and below ``last``, at which a row comes."""
+        source = self.sources[ref.source_index]
+        rows = source.plan.rows
+        within = (
+            epoch * rows + unpermuted(ref.row, rows, order_key(self.seed, source.name, epoch))
+            for epoch in range(first // rows, -(-last // rows))
+        )
+        return [cursor for cursor in within if first <= cursor < last]
+
     def go_on_from(self, state: StreamState) -> None:
         """Goes back, or on, to where a state of this very stream stood."""
         self._state = state.copy()
+        self._barren.clear()
         self.exclude({})
         self._begin()
 
@@ -200,10 +217,12 @@ class MixedStream:
         ]
         if not back:
             return
-        mixture, self._state.dropped = self._state.configured, [n for n in self._state.dropped if n not in back]
-        for name in self._state.dropped:
-            mixture = mixture.without(mixture.names.index(name), self._state.tokens)
-        self._state.enter(mixture, self.seq_length)
+        mixture, still = self._state.configured, [name for name in self._state.dropped if name not in back]
+        for name in still:
+            mixture = mixture and mixture.without(mixture.names.index(name), self._state.tokens)
+        if mixture is not None:
+            self._state.dropped = still
+            self._state.enter(mixture, self.seq_length)
 
     def _begin(self) -> None:
         """Measures from the state on."""
@@ -218,7 +237,6 @@ class MixedStream:
         return begin, end
 
     def _draw(self) -> RowRef:
-        skipped = Counter()
         while True:
             number = self._most_urgent()
             index = self._index[self._names[number]]
@@ -228,30 +246,35 @@ class MixedStream:
                 self._give_up(number, source)
                 continue
             ref = RowRef(index, self._row_at(source, drawn.rows_taken))
-            if self._is_taken(ref):
+            action = self._look_at(ref)
+            tokens = 0 if action in (MASK, SKIP) else counted_tokens(source.corpus, source.plan, ref.row)
+            self._check_barren(source, tokens)
+            drawn.take(tokens)
+            if action != SKIP:
                 break
-            drawn.rows_taken += 1
-            skipped[index] += 1
-            if skipped[index] > source.plan.rows:
-                fix = "every row of this source is odd: look at them, or choose other limits or another action"
-                raise InputError(f"data.row_checks of {source.name}", self._hits[-1].problem, fix)
-        tokens = self.row_tokens(ref)
-        drawn.take(tokens)
         self._total += tokens
         self._windows[number] = self._window(number)
         return ref
 
-    def _is_taken(self, ref: RowRef) -> bool:
-        """Whether a row is trained on, odd or not."""
+    def _look_at(self, ref: RowRef) -> str | None:
+        """What is done about a row; None for one that is not odd."""
         if self.checks.action == OFF:
-            return True
+            return None
         source = self.sources[ref.source_index]
         row = build_row(source.corpus, source.plan, ref.row, self.seq_length, self.pad_id, source.vocab_size)
         problem = self._problem(ref, row)
-        if problem is not None:
-            documents = [document for document, _, _ in source.plan.pieces(ref.row)]
-            self._hits.append(RowHit(source.name, ref.row, documents, problem, self.checks.action))
-        return problem is None or self.checks.action != SKIP
+        if problem is None:
+            return None
+        documents = [document for document, _, _ in source.plan.pieces(ref.row)]
+        self._hits.append(RowHit(source.name, ref.row, documents, problem, self.checks.action))
+        return self.checks.action
+
+    def _check_barren(self, source: Source, tokens: int) -> None:
+        """A source of which nothing counts would be due for ever, and its run would never end."""
+        self._barren[source.name] = 0 if tokens else self._barren[source.name] + 1
+        if self._barren[source.name] > source.plan.rows:
+            fix = "nothing of this source counts for the loss: look at its loss mask and at data.row_checks, or leave it out"
+            raise InputError(f"rows one behind the other of source {source.name}", self._barren[source.name], fix)
 
     def _problem(self, ref: RowRef, row: PackedRow) -> str | None:
         return self.checks.problem(row.ids[: self.row_tokens(ref)])
@@ -280,10 +303,10 @@ class MixedStream:
         words = f"source {source.name} has been read {self.repetition.most_epochs:g} times (data.max_epochs)"
         if self.repetition.then == STOP:
             raise EndOfData(words)
-        try:
-            self._state.enter(self._state.in_effect.without(number, self._state.tokens), self.seq_length)
-        except ValueError as error:
-            raise EndOfData(f"{words}, and no other is left") from error
+        rest = self._state.in_effect.without(number, self._state.tokens)
+        if rest is None:
+            raise EndOfData(f"{words}, and no other is left")
+        self._state.enter(rest, self.seq_length)
         self._state.dropped.append(source.name)
         self._begin()
 

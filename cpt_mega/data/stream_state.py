@@ -13,7 +13,7 @@ class SourceState:
 
     Attributes:
         rows_taken: the cursor; it counts on through the epochs, and rows that are excluded with the others.
-        tokens: real tokens taken.
+        tokens: taken, and counting for the loss: padding does not, nor what a loss mask leaves out.
         tokens_before: those of them taken before the mixture now in effect.
         owed: tokens that were due and not taken then, less than a row; negative for what was taken ahead. Without them a source
             with a small share would never be drawn when the mixture changes often.
@@ -26,11 +26,11 @@ class SourceState:
 
     @property
     def tokens_under_mixture(self) -> float:
-        """Real tokens taken since the mixture took effect, less what was owed then: what shares are measured on."""
+        """Tokens taken since the mixture took effect, less what was owed then: what shares are measured on."""
         return self.tokens - self.tokens_before - self.owed
 
     def take(self, tokens: int) -> None:
-        """Counts one row."""
+        """Counts one row, and those of its tokens that count for the loss."""
         self.rows_taken += 1
         self.tokens += tokens
 
@@ -60,7 +60,7 @@ class StreamState:
 
     @property
     def tokens(self) -> int:
-        """Real tokens taken from all sources since the run began."""
+        """Tokens taken from all sources since the run began."""
         return sum(source.tokens for source in self.sources.values())
 
     def copy(self) -> "StreamState":

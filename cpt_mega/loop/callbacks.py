@@ -68,7 +68,7 @@ class Logging(NullCallback):
             "loss": report.loss,
             "grad_norm": report.result.grad_norm,
             "lr": report.result.lr,
-            "tokens_per_s_device": report.tokens / report.seconds / trainer.engine.mesh.world,
+            "tokens_per_s_device": report.real_tokens / report.seconds / trainer.engine.mesh.world,
             "data_wait_s": report.data_wait_s,
             "forward_backward_s": report.result.forward_backward_s,
             "optimizer_s": report.result.optimizer_s,
@@ -79,7 +79,7 @@ class Logging(NullCallback):
 
     def _say(self, trainer: Trainer, report: StepReport) -> None:
         window, self._since = self._since, []
-        seconds, tokens = sum(r.seconds for r in window), sum(r.tokens for r in window)
+        seconds, tokens = sum(r.seconds for r in window), sum(r.real_tokens for r in window)
         rate = tokens / seconds / trainer.engine.mesh.world
         left = trainer.steps_left(report.step, report.total_tokens)
         batch = trainer.config.train.global_batch_size

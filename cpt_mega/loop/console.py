@@ -61,19 +61,27 @@ def contract_table(title: str, rows: Sequence[tuple[str, str, str]]) -> Table:
 
 
 def sources_table(sources: Sequence[Source], shares: Sequence[float]) -> Table:
-    """The mixture, by its shares of all tokens of the run, and how its documents fill rows."""
+    """The mixture, by its shares of all tokens of the run, what of its tokens counts, and how its documents fill rows."""
     table = Table(title="data", title_justify="left", box=None, pad_edge=False, header_style="bold")
     table.add_column("source")
     table.add_column("role")
-    for name in ("share", "documents", "rows", "fill", "padding", "split", "a row", "most"):
+    for name in ("share", "counts", "documents", "rows", "fill", "padding", "split", "a row", "most"):
         table.add_column(name, justify="right")
     for source, share in zip(sources, shares, strict=True):
         found = source.plan.statistics
-        counts = (source.corpus.documents, found.rows, found.padding, found.split_documents, found.most_documents)
-        documents, rows, padding, split, most = (f"{count:,}" for count in counts)
-        a_row = f"{found.documents_a_row:.1f}"
-        shares = (f"{share:.1%}", documents, rows, f"{found.fill:.2%}", padding, split, a_row, most)
-        table.add_row(source.name, source.role, *shares)
+        table.add_row(
+            source.name,
+            source.role,
+            f"{share:.1%}",
+            f"{source.counted_tokens / source.corpus.tokens:.1%}",
+            f"{source.corpus.documents:,}",
+            f"{found.rows:,}",
+            f"{found.fill:.2%}",
+            f"{found.padding:,}",
+            f"{found.split_documents:,}",
+            f"{found.documents_a_row:.1f}",
+            f"{found.most_documents:,}",
+        )
     return table
 
 

@@ -1,5 +1,6 @@
 """``--dry-run``: everything a run checks at its start, in one process and without memory, and the plan it would follow."""
 
+import math
 from dataclasses import asdict
 
 from rich.table import Table
@@ -13,7 +14,7 @@ from cpt_mega.engine.plan import plan_ranks
 from cpt_mega.engine.platform import check_layout
 from cpt_mega.hf.model_info import ModelInfo
 from cpt_mega.loop.console import contract_table, make_console, sources_table
-from cpt_mega.loop.inputs import mean_shares, open_inputs, open_stream
+from cpt_mega.loop.inputs import Inputs, expected_rows, mean_shares, open_inputs, open_stream
 
 
 def print_plan(config: Config, world: int, command: str) -> None:
@@ -32,7 +33,7 @@ def print_plan(config: Config, world: int, command: str) -> None:
     restore = plan_restore(config, start, inputs.lineage, asdict(layout))
     open_stream(config, inputs.sources, restore.state.stream if restore.state else {})
     console = make_console()
-    console.print(_model_table(config, inputs.info, world))
+    console.print(_model_table(config, inputs, world))
     console.print(_ranks_table(config, inputs.info, world))
     console.print(contract_table(f"restore: {start.mode}", restore.rows))
     if inputs.sources:
@@ -45,14 +46,14 @@ def print_plan(config: Config, world: int, command: str) -> None:
     console.print(f" next: {command}    # writes {config.run.dir}")
 
 
-def _model_table(config: Config, info: ModelInfo, world: int) -> Table:
-    train, rate = config.train, LearningRate.from_config(config)
-    per_step = train.global_batch_size * train.seq_length
+def _model_table(config: Config, inputs: Inputs, world: int) -> Table:
+    train, rate, shape = config.train, LearningRate.from_config(config), inputs.info.shape
+    steps = math.ceil(expected_rows(config, inputs.sources) / train.global_batch_size)
     table = Table(title="plan", title_justify="left", box=None, pad_edge=False, show_header=False)
     rows = {
-        "model": f"{info.shape.family}, {info.shape.layers} layers, hidden {info.shape.hidden_size}, {config.precision}",
+        "model": f"{shape.family}, {shape.layers} layers, hidden {shape.hidden_size}, {config.precision}",
         "processes": f"{world}: {Layout.of(config.parallel, world).name}",
-        "steps": f"about {-(-train.tokens // per_step):,} of {per_step:,} tokens",
+        "steps": f"about {steps:,} of {train.global_batch_size:,} rows of {train.seq_length:,} tokens",
         "learning rate": f"{rate.kind}: {rate.peak:g} after {rate.warmup_tokens:,} tokens, then {rate.floor:g} at the end",
     }
     for row in rows.items():

@@ -55,7 +55,7 @@ def _warnings(config: Config, sources: list[Source]) -> Iterator[str]:
     if config.gates.general_perplexity_limit is not None and all(s.bucket != "general" for s in config.eval.sets):
         yield "no gate is armed: eval.sets has no set with bucket: general, so forgetting is not watched"
     for source, share in zip(sources, mean_shares(config, sources), strict=True):
-        passes, most = share * config.train.tokens / source.corpus.tokens, config.data.max_epochs
+        passes, most = share * config.train.tokens / source.counted_tokens, config.data.max_epochs
         if most is not None and passes > most:
             then = "ends the run" if config.data.at_max_epochs == "stop" else "leaves its share to the others"
             yield f"source {source.name} would be read {passes:,.1f} times over: after {most:g} it {then} (data.max_epochs)"
@@ -110,6 +110,12 @@ def mean_shares(config: Config, sources: Sequence[Source]) -> list[float]:
         return []
     mixture, end = mixture_of(config, sources), max(config.train.tokens, 1)
     return [mixture.entitled(number, 0, end) / end for number in range(len(sources))]
+
+
+def expected_rows(config: Config, sources: Sequence[Source]) -> float:
+    """Rows that the run takes to its last token, by what counts in the rows of its sources."""
+    shares = zip(mean_shares(config, sources), sources, strict=True)
+    return sum(share * config.train.tokens * s.plan.rows / s.counted_tokens for share, s in shares)
 
 
 def _tokenizer(config: Config, info: ModelInfo) -> str:

@@ -20,7 +20,8 @@ class DrawnBatch:
     """A global batch as the stream gave it, and this rank's part of it.
 
     Attributes:
-        tokens: real tokens of all its rows.
+        tokens: what it adds to the ledgers: tokens of all its rows that count for the loss.
+        real_tokens: those and what a loss mask leaves out of them: what is computed.
         stream_state: JSON of the stream's state after it.
         tokens_by_source: tokens drawn from each source since the run began, this batch included.
         epochs_by_source: how often each source has been read since the run began.
@@ -30,6 +31,7 @@ class DrawnBatch:
 
     refs: list[RowRef]
     tokens: int
+    real_tokens: int
     prepared: PreparedBatch
     stream_state: dict
     tokens_by_source: dict[str, int]
@@ -84,18 +86,19 @@ class Prefetcher:
         self._thread.shutdown(wait=True, cancel_futures=True)
 
     def _draw(self) -> DrawnBatch:
-        before = self._stream.dropped
+        dropped, tokens = self._stream.dropped, self._stream.tokens
         refs = self._stream.next_batch(self._rows)
         state = self._stream.state
         work = [self._stream.attention_work(ref) for ref in refs]
         prepared = self._prepare(len(refs), lambda position: self._stream.read(refs[position]), work)
         return DrawnBatch(
             refs,
+            self._stream.tokens - tokens,
             sum(map(self._stream.row_tokens, refs)),
             prepared,
             state.to_json(),
             {name: source.tokens for name, source in state.sources.items()},
             self._stream.epochs,
             self._stream.take_hits(),
-            [name for name in state.dropped if name not in before],
+            [name for name in state.dropped if name not in dropped],
         )

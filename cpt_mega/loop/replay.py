@@ -1,13 +1,16 @@
 """Which documents a run saw at which step: its order of training drawn again from what its ledger says.
 
-Nothing is stored for each step. The order is a pure function of the data state, and every place where that was set, the
-start of each session and each change of weights, is an entry of the ledger: ``{"kind": "data", ...}``.
+No row is stored for any step. The order is a pure function of the data state, and every place where that was set, the
+start of each session and each change of weights, is an entry of the ledger: ``{"kind": "data", ...}``. Between them only the
+cursors move, which each line of the metrics has, so that no step is far; where lines are missing it is drawn from the entry.
 """
 
 import json
-from collections.abc import Callable, Iterator
+from bisect import bisect_right
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from itertools import islice
+from itertools import chain, islice
+from operator import itemgetter
 from pathlib import Path
 
 import numpy as np
@@ -22,7 +25,7 @@ from cpt_mega.data.sources import Source, corpus_identity
 from cpt_mega.data.stream import EndOfData, MixedStream, Repetition, RowRef
 from cpt_mega.data.stream_state import StreamState
 from cpt_mega.errors import InputError
-from cpt_mega.loop.run_folder import LEDGER, METRICS, STATUS, read_lines
+from cpt_mega.loop.run_folder import LEDGER, METRICS, read_lines, read_status
 
 KIND = "data"
 
@@ -87,7 +90,8 @@ class Replay:
     def __init__(self, run_dir: str | Path):
         self.run_dir = Path(run_dir)
         self._entries = _entries(self.run_dir)
-        self.last_step = _last_step(self.run_dir)
+        self._lines = _lines(self.run_dir)
+        self.last_step = _last_step(self.run_dir, self._lines)
         self._opened: dict[tuple, list[Source]] = {}
 
     def rows_of(self, step: int) -> list[SeenRow]:
@@ -101,8 +105,10 @@ class Replay:
             fix = f"this folder's run begins with step {self._entries[0]['step'] + 1}"
             raise InputError("--step", step, fix)
         stream = self._stream(entry)
+        before = self._places(stream, entry, step - 1)[-1]
+        stream.go_on_from(before.state())
         try:
-            ((_, refs),) = islice(_batches(stream, entry), step - 1 - entry["step"], step - entry["step"])
+            ((_, refs),) = islice(_batches(stream, before.step, entry), step - 1 - before.step, step - before.step)
         except EndOfData as end:
             raise InputError("--step", step, f"the data end before: {end}") from end
         return [_seen(stream, ref) for ref in refs]
@@ -125,11 +131,20 @@ class Replay:
             if index is None:  # added later, or dropped before
                 continue
             rows = _rows_with(stream.sources[index], document)
-            for step, refs in islice(_batches(stream, entry), end - entry["step"]):
-                progress(step, self.last_step)
-                for place, ref in enumerate(refs):
-                    for piece in rows.get(ref.row, ()) if ref.source_index == index else ():
-                        yield step, place, piece
+            for place, last in _stretches(stream, index, rows, self._places(stream, entry, end), end):
+                stream.go_on_from(place.state())
+                for step, refs in islice(_batches(stream, place.step, entry), last - place.step):
+                    progress(step, self.last_step)
+                    for position, ref in enumerate(refs):
+                        for piece in rows.get(ref.row, ()) if ref.source_index == index else ():
+                            yield step, position, piece
+
+    def _places(self, stream: MixedStream, entry: dict, last: int) -> list["_Place"]:
+        """Where the stream is known to have stood after an entry and up to a step, in order; the entry itself is the first."""
+        first, lines = stream.state, self._lines
+        low, high = (bisect_right(lines, step, key=itemgetter("step")) for step in (entry["step"], last))
+        known = (_Place(line["step"], stream, first, line) for line in lines[low:high])
+        return [_Place(entry["step"], stream, first), *known]
 
     def _stream(self, entry: dict) -> MixedStream:
         state = StreamState.from_json(entry["state"])
@@ -154,6 +169,44 @@ class Replay:
         return self._opened[key]
 
 
+@dataclass(frozen=True)
+class _Place:
+    """Where a stream stood after a step: as ``first`` says, but for the cursors and ledgers that a line of the metrics has."""
+
+    step: int
+    stream: MixedStream
+    first: StreamState
+    line: dict | None = None
+
+    def cursor(self, index: int) -> int:
+        """Of a source of the stream."""
+        source = self.stream.sources[index]
+        if self.line is None:
+            return self.first.sources[source.name].rows_taken
+        return round(self.line["epochs_by_source"][source.name] * source.plan.rows)
+
+    def state(self) -> StreamState:
+        """The whole of it."""
+        state = self.first.copy()
+        if self.line is not None:
+            for index, source in enumerate(self.stream.sources):
+                drawn = state.sources[source.name]
+                drawn.rows_taken, drawn.tokens = self.cursor(index), self.line["tokens_by_source"][source.name]
+        return state
+
+
+def _stretches(
+    stream: MixedStream, index: int, rows: Iterable[int], places: Sequence[_Place], end: int
+) -> Iterator[tuple[_Place, int]]:
+    """The places, and the steps up to which to draw from each, to see all of some rows of a source up to a step."""
+    cursors = [place.cursor(index) for place in places]
+    wanted = (stream.cursors_of(RowRef(index, row), cursors[0], cursors[-1]) for row in rows)
+    for number in sorted({bisect_right(cursors, cursor) - 1 for cursor in chain.from_iterable(wanted)}):
+        yield places[number], places[number + 1].step
+    if places[-1].step < end:
+        yield places[-1], end
+
+
 def _entries(run_dir: Path) -> list[dict]:
     """Where the data state was set, by ascending steps: what a later session did again is not the run's any more."""
     path = run_dir / LEDGER
@@ -170,11 +223,16 @@ def _entries(run_dir: Path) -> list[dict]:
     return entries
 
 
-def _last_step(run_dir: Path) -> int:
+def _lines(run_dir: Path) -> list[dict]:
+    """The lines of the metrics about steps, ascending; those that a session did again have been taken out."""
+    needed = ("step", "tokens_by_source", "epochs_by_source")  # of very many lines
+    lines = (line for line in read_lines(run_dir / METRICS) if line.get("kind") == "train")
+    return [{name: line[name] for name in needed} for line in lines]
+
+
+def _last_step(run_dir: Path, lines: list[dict]) -> int:
     """The last step whose numbers are known."""
-    status = run_dir / STATUS
-    found = [*read_lines(run_dir / METRICS), json.loads(status.read_text()) if status.is_file() else {}]
-    return max(line.get("step") or 0 for line in found)
+    return max(line.get("step") or 0 for line in (*lines[-1:], read_status(run_dir) or {}))
 
 
 def _open(spec: dict, entry: dict) -> Source:
@@ -185,9 +243,8 @@ def _open(spec: dict, entry: dict) -> Source:
     return Source(spec["name"], spec["role"], corpus, open_plan(corpus, entry["seq_length"], entry["packing"]), 1.0)
 
 
-def _batches(stream: MixedStream, entry: dict) -> Iterator[tuple[int, list[RowRef]]]:
-    """The steps after an entry, and their rows."""
-    step = entry["step"]
+def _batches(stream: MixedStream, step: int, entry: dict) -> Iterator[tuple[int, list[RowRef]]]:
+    """The steps after one, and their rows."""
     while True:
         step += 1
         yield step, stream.next_batch(entry["rows"])

@@ -19,13 +19,14 @@ from cpt_mega.loop.replay import data_entry
 
 @dataclass(frozen=True)
 class StepReport:
-    """One step as callbacks see it. Times in seconds; ``tokens`` are the step's real tokens; losses in nats.
+    """One step as callbacks see it. Times in seconds; ``real_tokens`` are those that it computed; losses in nats.
 
-    ``total_tokens``, ``tokens_by_source`` and ``epochs_by_source`` are the run's, up to and with this step.
+    ``total_tokens``, ``tokens_by_source`` and ``epochs_by_source`` are the run's, up to and with this step; tokens that a
+    loss mask leaves out are not among them.
     """
 
     step: int
-    tokens: int
+    real_tokens: int
     total_tokens: int
     loss: float
     result: StepResult
@@ -48,7 +49,7 @@ class Callback(Protocol):
         """
 
     def on_boundary(self, trainer: "Trainer", tokens: int) -> None:
-        """Between two steps, and collectives may be made here; the last one had ``tokens`` real tokens.
+        """Between two steps, and collectives may be made here; the last one added ``tokens`` to the ledgers.
 
         ``trainer.settle`` first, to stop; ``trainer.quiesce``, to save.
         """
@@ -129,7 +130,7 @@ class Trainer:
         self._check_finite(launched.step, result)
         report = StepReport(
             launched.step,
-            launched.batch.tokens,
+            launched.batch.real_tokens,
             launched.total_tokens,
             result.loss,
             result,
@@ -154,6 +155,10 @@ class Trainer:
         self.decide(
             {"kind": "weights", "step": self.state.step, "tokens": self.state.tokens, "weights": weights, **why}
         )
+        self._record_data_state()
+
+    def _record_data_state(self) -> None:
+        """Where the order is set anew, the ledger says from what: between such places it follows from the cursors alone."""
         state = self.state
         self.decide(data_entry(self.config, self.stream.sources, state.lineage["corpora"], state.step, state.stream))
 
@@ -167,7 +172,7 @@ class Trainer:
     def steps_left(self, step: int, tokens: int) -> int:
         """Steps from there to the budget, estimated from the tokens a step has had so far (rows before the first)."""
         rows = self.config.train.global_batch_size
-        per_step = tokens / step if step else rows * self.config.train.seq_length
+        per_step = tokens / step if tokens else rows * self.config.train.seq_length
         return math.ceil(max(0, self.config.train.tokens - tokens) / per_step)
 
     def _train(self, batches: Prefetcher) -> None:
@@ -214,6 +219,8 @@ class Trainer:
             self.decide({"kind": "odd_row", "step": self.state.step, **asdict(hit)})
         for name in batch.dropped:
             self.decide({"kind": "weights", "step": self.state.step, "by": "data.max_epochs", "dropped": name})
+        if batch.dropped:
+            self._record_data_state()
         seconds = time.perf_counter() - begin
         return _Launched(batch, pending, self.state.step, self.state.tokens, waited, seconds)
 

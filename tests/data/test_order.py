@@ -2,7 +2,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from cpt_mega.data.order import order_key, permuted
+from cpt_mega.data.order import order_key, permuted, unpermuted
 
 
 @given(n=st.integers(1, 700), key=st.integers(0, 2**64 - 1))
@@ -15,6 +15,12 @@ def test_large_ranges_stay_in_range_and_distinct(n, key, data):
     indices = data.draw(st.sets(st.integers(0, n - 1), max_size=20))
     images = {permuted(index, n, key) for index in indices}
     assert len(images) == len(indices) and all(0 <= image < n for image in images)
+
+
+@given(n=st.integers(1, 2**62), key=st.integers(0, 2**64 - 1), data=st.data())
+def test_there_is_a_way_back(n, key, data):
+    index = data.draw(st.integers(0, n - 1))
+    assert unpermuted(permuted(index, n, key), n, key) == index
 
 
 def test_the_order_is_fixed_for_ever():
@@ -39,5 +45,6 @@ def test_places_are_evenly_spread():
 
 @pytest.mark.parametrize("index", [-1, 5])
 def test_outside_the_range_is_an_error(index):
-    with pytest.raises(IndexError):
-        permuted(index, 5, 0)
+    for way in (permuted, unpermuted):
+        with pytest.raises(IndexError):
+            way(index, 5, 0)

@@ -3,11 +3,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from cpt_mega.data.indexed import IndexedCorpus, mask_path
 from cpt_mega.data.packing import plan_rows
-from cpt_mega.data.rows import build_row
+from cpt_mega.data.rows import build_row, counted_tokens
 from cpt_mega.errors import InputError
-from tests.helpers.corpora import counting_corpus, write_corpus
+from tests.helpers.corpora import counting_corpus, masked_corpus, write_corpus
 
 
 def test_a_row_by_hand(tmp_path):
@@ -36,15 +35,16 @@ def test_an_eos_that_is_the_padding_id_still_counts(tmp_path):
 
 
 def test_a_corpus_says_which_of_its_tokens_count(tmp_path):
-    write_corpus(tmp_path / "c", [[10, 11, 12, 13], [20, 21]])
-    mask_path(tmp_path / "c").write_bytes(bytes([1, 0, 1, 1, 1, 0]))
-    corpus = IndexedCorpus(tmp_path / "c")
-    row = build_row(corpus, plan_rows(corpus.document_lengths, 8), 0, 8, pad_id=9)
-    assert row.ids.tolist() == [10, 11, 12, 13, 20, 21, 9, 9]
-    assert row.labels.tolist() == [9, 12, 13, 9, 9, 9, 9, 9]
+    corpus = masked_corpus(tmp_path / "c", [4, 2], [1, 0, 1, 1, 1, 0])
+    plan = plan_rows(corpus.document_lengths, 8)
+    row = build_row(corpus, plan, 0, 8, pad_id=9)
+    assert row.ids.tolist() == [0, 1, 2, 3, 4, 5, 9, 9]
+    assert row.labels.tolist() == [9, 2, 3, 9, 9, 9, 9, 9]
     assert row.loss_mask.tolist() == [0, 1, 1, 0, 0, 0, 0, 0]
+    assert counted_tokens(corpus, plan, 0) == 4
     split = plan_rows(corpus.document_lengths, 2, "concat")
     assert [build_row(corpus, split, row, 2).loss_mask.tolist() for row in range(3)] == [[0, 1], [1, 0], [0, 0]]
+    assert [counted_tokens(corpus, split, row) for row in range(3)] == [1, 2, 1]
 
 
 @pytest.mark.parametrize("method", ["concat", "best_fit"])

@@ -2,6 +2,7 @@ from dataclasses import dataclass, replace
 
 import pytest
 
+from cpt_mega.data.indexed import mask_path
 from cpt_mega.data.manifest import CorpusManifest
 from cpt_mega.data.sources import DEFAULT_REPLAY_SHARE, check_sources, default_weights, fixed_mixture, open_sources
 from cpt_mega.errors import InputError
@@ -75,6 +76,17 @@ def test_specs_may_be_mappings_or_objects(corpus, manifest):
         (source,) = open_sources([given], **MODEL)
         assert (source.name, source.role, source.weight, source.plan.rows) == ("a", "domain", 1.0, 2)
         assert source.vocab_size == 50
+
+
+def test_what_a_loss_mask_leaves_out_is_known_from_the_manifest_and_all_of_it_is_refused(corpus, manifest):
+    mask_path(corpus.prefix).write_bytes(bytes([1] * 5 + [0] * (corpus.tokens - 5)))
+    masked = replace(manifest, loss_mask="assistant", counted_tokens=5)
+    masked.write(corpus.prefix)
+    (source,) = open_sources([Spec("a", corpus.prefix, "instruct")], **MODEL)
+    assert (source.counted_tokens, source.masked_tokens) == (5, corpus.tokens - 5)
+    replace(masked, counted_tokens=0).write(corpus.prefix)
+    with pytest.raises(InputError, match="data.sources a path.*leaves every token out"):
+        open_sources([Spec("a", corpus.prefix, "instruct")], **MODEL)
 
 
 def test_a_corpus_without_a_manifest_is_taken(corpus):

@@ -11,7 +11,7 @@ from cpt_mega.data.mixture import Mixture
 from cpt_mega.data.stream import EndOfData, MixedStream, Repetition
 from cpt_mega.data.stream_state import StreamState
 from cpt_mega.errors import InputError
-from tests.helpers.corpora import counting_corpus, make_source, write_corpus
+from tests.helpers.corpora import counting_corpus, make_source, masked_corpus, write_corpus
 
 S = 16
 LENGTHS = {"a": [40, 3, 7, 9, 16] * 4, "b": [5] * 11, "c": [15, 2, 1] * 9, "d": [100]}
@@ -70,6 +70,31 @@ def test_shares_stay_within_one_row_at_every_point(sources, weights, count):
         taken[ref.source_index] += stream.row_tokens(ref)
         for index, weight in enumerate(stream.shares.values()):
             assert abs(taken[index] - weight * taken.total()) < S
+
+
+@given(st.lists(st.integers(0, 3), min_size=100, max_size=100), st.integers(0, 100))
+def test_what_a_loss_mask_leaves_out_is_in_no_ledger_and_no_share(sources, tmp_path_factory, counts, cut):
+    counts = [1, *(int(count == 0) for count in counts[1:])]
+    masked = make_source(masked_corpus(tmp_path_factory.mktemp("m") / "m", [7] * 14 + [2], counts), "m", 0.5, S)
+    stream, counted = MixedStream([sources[0], masked], S, seed=0), Counter()
+    for number in range(120):
+        if number == cut:
+            state = StreamState.from_json(json.loads(json.dumps(stream.state.to_json())))
+            stream = MixedStream([sources[0], masked], S, seed=0, state=state)
+        (ref,) = stream.next_batch(1)
+        pieces = stream.sources[ref.source_index].plan.pieces(ref.row)
+        flags = [counts[7 * document + start :][:length] for document, start, length in pieces]
+        counted[ref.source_index] += sum(map(sum, flags)) if ref.source_index else stream.row_tokens(ref)
+        assert all(abs(counted[index] - counted.total() / 2) < S for index in (0, 1))
+    assert [source.tokens for source in stream.state.sources.values()] == [counted[0], counted[1]]
+    assert stream.tokens == counted.total()
+
+
+def test_a_source_of_which_nothing_counts_ends_the_run_instead_of_feeding_it_for_ever(sources, tmp_path):
+    nothing = make_source(masked_corpus(tmp_path / "m", [7] * 10, [0] * 70), "m", 0.5, S)
+    stream = MixedStream([sources[0], nothing], S, seed=0)
+    with pytest.raises(InputError, match="of source m = 6: nothing of this source counts"):
+        stream.next_batch(1000)
 
 
 def test_shares_stay_within_one_row_with_many_sources(tmp_path):

@@ -7,7 +7,7 @@ import numpy as np
 import tokenizers
 from tokenizers import decoders, models, pre_tokenizers, processors, trainers
 
-from cpt_mega.data.indexed import IndexedCorpus
+from cpt_mega.data.indexed import IndexedCorpus, mask_path
 from cpt_mega.data.indexed_writer import IndexedCorpusWriter
 from cpt_mega.data.packing import plan_rows
 from cpt_mega.data.sources import Source
@@ -69,6 +69,13 @@ def counting_corpus(prefix: Path, lengths: list[int], first: int = 0) -> Indexed
     """Documents of given lengths whose tokens count up through the corpus, so that every token is unique."""
     ends = np.cumsum(lengths) + first
     return write_corpus(prefix, [np.arange(end - length, end) for end, length in zip(ends, lengths, strict=True)])
+
+
+def masked_corpus(prefix: Path, lengths: list[int], counts: list) -> IndexedCorpus:
+    """``counting_corpus`` with a loss mask: ``counts`` says of each of its tokens whether it counts."""
+    counting_corpus(prefix, lengths)
+    mask_path(prefix).write_bytes(bytes(counts))
+    return IndexedCorpus(prefix)
 
 
 def make_source(corpus: IndexedCorpus, name: str, weight: float, seq_length: int, role: str = "domain") -> Source:

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import yaml
 
+from cpt_mega.data.indexed import mask_path
 from cpt_mega.errors import InputError
 from cpt_mega.loop.replay import Replay
 from tests.helpers.jobsite import metrics, status, write_documents
@@ -59,6 +60,24 @@ def test_the_mixture_follows_a_curriculum(workers, jobsite, tmp_path):
     assert last["replay"] == pytest.approx(375, abs=64)  # of the first 1,000 tokens: the mean of 3/4 and 0 is 3/8
 
 
+@pytest.mark.parametrize("world", [1, 2])
+def test_budget_and_ledgers_count_what_a_loss_mask_counts(workers, jobsite, tmp_path, world):
+    documents = [[*range(1, 25), 0] for _ in range(40)]
+    write_documents(tmp_path / "chat", documents)
+    mask_path(tmp_path / "chat").write_bytes(bytes([0] * 20 + [1] * 5) * len(documents))
+    chat = {"name": "chat", "path": str(tmp_path / "chat"), "role": "instruct", "weight": 0.5}
+    domain = {"name": "domain", "path": f"{jobsite.folder}/domain", "role": "domain", "weight": 0.5}
+    sources = "data.sources=" + yaml.safe_dump([domain, chat], default_flow_style=True, width=10**6).strip()
+    run_of(workers, jobsite, tmp_path / "run", sources, "train.tokens=300", world=world)
+    replay, counted = Replay(tmp_path / "run"), {"domain": 0, "chat": 0}
+    for line in metrics(tmp_path / "run", "train"):
+        for row in replay.rows_of(line["step"]):
+            of_pieces = (piece.length - max(0, 20 - piece.start) * (row.source == "chat") for piece in row.pieces)
+            counted[row.source] += sum(of_pieces)
+        assert line["tokens_by_source"] == counted and line["tokens"] == sum(counted.values())
+    assert 300 <= line["tokens"] < 300 + 8 * 32 and abs(counted["chat"] - counted["domain"]) < 2 * 32
+
+
 def test_a_source_that_is_read_out_ends_the_run(workers, jobsite, tmp_path):
     state, reason = run_of(workers, jobsite, tmp_path / "run", "data.max_epochs=0.3", "train.tokens=100000")
     assert state == "finished" and "source domain has been read 0.3 times (data.max_epochs)" in reason
@@ -107,6 +126,27 @@ def test_every_step_can_be_told_as_it_was(workers, jobsite, tmp_path):
     assert (3, 5, third.pieces[0]) in found
     for step, place, piece in found:
         assert piece in replay.rows_of(step)[place].pieces
+
+
+def test_what_was_seen_is_told_the_same_from_the_ledger_alone(workers, jobsite, tmp_path):
+    """The lines of the metrics only make it quick; also where a source was read out, stopped and went on."""
+    run, overrides = tmp_path / "run", ("data.max_epochs=1.2", "data.at_max_epochs=drop", "train.tokens=4000")
+    run.mkdir()
+    for _ in range(3):
+        (run / "STOP").touch()
+        run_of(workers, jobsite, run, *overrides)
+    run_of(workers, jobsite, run, *overrides)
+    assert [line["dropped"] for line in ledger(run, "weights")] == ["domain"]
+
+    def told():
+        replay = Replay(run)
+        documents = [(name, number) for name in ("domain", "replay") for number in (0, 7, 59)]
+        return seen(run), replay.last_step, [list(replay.when_seen(*document)) for document in documents]
+
+    quick = told()
+    assert quick[1] == metrics(run, "train")[-1]["step"] and sum(map(len, quick[2])) > 6
+    (run / "metrics.jsonl").unlink()
+    assert told() == quick
 
 
 def test_the_tool_tells_it(workers, jobsite, tmp_path):

@@ -12,7 +12,7 @@ from tests.helpers.corpora import counting_corpus, make_source
 class Stream:
     """As much of a stream as the prefetcher asks for when nothing is drawn."""
 
-    state, epochs, dropped = StreamState(), {}, ()
+    state, epochs, dropped, tokens = StreamState(), {}, (), 0
 
     def go_on_from(self, state):
         self.went = state

@@ -131,7 +131,16 @@ def measure(options: argparse.Namespace, folder: Path) -> int:
     rounds = []
     with Progress(*columns, console=console) as progress:
         task = progress.add_task("preparing", total=options.rounds * len(contenders))
-        run([sys.executable, str(HERE / "contenders.py"), "prepare", str(folder), "--seq-length", str(options.seq_length)])
+        run(
+            [
+                sys.executable,
+                str(HERE / "contenders.py"),
+                "prepare",
+                str(folder),
+                "--seq-length",
+                str(options.seq_length),
+            ]
+        )
         for number in range(1, options.rounds + 1):
             rounds.append({})
             for contender in contenders:
@@ -210,8 +219,11 @@ def loss_differences(reports: dict[str, dict]) -> dict[str, float]:
     return {title: abs(loss - expected) for title, loss in losses.items() if loss is not None}
 
 
-def print_tables(console: Console, seq_length: int, speeds: dict, ratios: dict, differences: dict, left_out: dict) -> None:
-    table = Table(title=f"milliseconds a step of {ROWS} rows of {seq_length:,} tokens: median of rounds (range)", title_justify="left", border_style="cyan")
+def print_tables(
+    console: Console, seq_length: int, speeds: dict, ratios: dict, differences: dict, left_out: dict
+) -> None:
+    title = f"milliseconds a step of {ROWS} rows of {seq_length:,} tokens: median of rounds (range)"
+    table = Table(title=title, title_justify="left", border_style="cyan")
     for name in ("", "ms", "steps/s", "first loss against the trainer's"):
         table.add_column(name)
     for contender in ALL:
@@ -254,7 +266,8 @@ def write_json(options: argparse.Namespace, rounds: list, speeds: dict, ratios: 
         "date": time.strftime("%Y-%m-%d %H:%M:%S"),
         "versions": {"python": platform.python_version(), **{name: package_version(name) for name in PACKAGES}},
         "machine": {"cores": os.cpu_count(), "system": platform.platform(), "load_average": os.getloadavg()},
-        "settings": {"model": MODEL, "adam": ADAM, "conditions": CONDITIONS, "seq_length": options.seq_length, "warmup": options.warmup},
+        "settings": {"model": MODEL, "adam": ADAM, "seq_length": options.seq_length, "warmup": options.warmup},
+        "conditions": CONDITIONS,
         "ms_per_step": {title: vars(speed) for title, speed in speeds.items()},
         "ratios": {f"{a} / {b}": vars(ratio) for (a, b), ratio in ratios.items()},
         "targets": targets,
