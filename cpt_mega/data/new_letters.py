@@ -17,7 +17,7 @@ FIRST_NEW, LAST_LETTERS, SYMBOLS = 0x378, 0x34000, range(0x1F000, 0x1FB00)  # co
 def texts_with_new_letters(texts: Sequence[str]) -> list[int]:
     """Indices of the texts that hold one; quick for all the others."""
     others = [index for index, text in enumerate(texts) if not text.isascii()]
-    together = np.frombuffer("".join(texts[index] for index in others).encode("utf-16-le"), "<u2")
+    together = np.frombuffer(b"".join([texts[index].encode("utf-16-le") for index in others]), "<u2")
     # most letters come before the first new one, and a look into a table costs more than a comparison
     if not _tables().units[together[together >= FIRST_NEW]].any():
         return []

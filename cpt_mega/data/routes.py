@@ -13,19 +13,19 @@ import unicodedata
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from itertools import chain, pairwise
+from itertools import chain, groupby, pairwise
 from pathlib import Path
 from typing import Protocol
 
 import numpy as np
 import orjson
 
+from cpt_mega.data import word_patterns
 from cpt_mega.data.new_letters import texts_with_new_letters
 from cpt_mega.data.tokenizer import HF_FILE, TextTokenizer
 from cpt_mega.errors import InputError
 
 AUTO, REFERENCE = "auto", "reference"
-GPT2_PATTERN = r"""'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"""
 NFC = {"type": "NFC"}
 NONCHARACTER = "\ufdd0"  # stands in no text
 # What encoders get wrong first: normalisation, runs of blanks and line ends, digits, joined emoji, marks without a letter,
@@ -51,7 +51,13 @@ CACHE_TEXT_BYTES = 2 << 30
 
 
 class Route(Protocol):
-    """Texts to ids; special tokens are never added, and such strings in a text are text."""
+    """Texts to ids; special tokens are never added, and such strings in a text are text.
+
+    Attributes:
+        cuts_at_line_ends: whether a text has the ids of its ``word_patterns.parts``, as far as is known.
+    """
+
+    cuts_at_line_ends: bool
 
     def encode(self, texts: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
         """Ids of all texts one behind the other [sum of lengths], and lengths int64 [texts]."""
@@ -59,6 +65,8 @@ class Route(Protocol):
 
 class ReferenceRoute:
     """The tokenizer's own library: ``tokenizers`` or SentencePiece."""
+
+    cuts_at_line_ends = False
 
     def __init__(self, tokenizer: TextTokenizer):
         self.tokenizer = tokenizer
@@ -81,6 +89,7 @@ class GigatokenRoute:
             raise InputError("--encoder", "gigatoken", "is not installed; pip install gigatoken")
         spec = _spec(tokenizer)
         self._normalise = _Normaliser(tokenizer, spec)
+        self.cuts_at_line_ends = _cuts_at_line_ends(spec)
         self._spec = _plain_hf(tokenizer, spec) if spec else _plain_sentencepiece(tokenizer.path)
         self._renew()
 
@@ -107,29 +116,46 @@ class GigatokenRoute:
 
 
 class GuardedRoute:
-    """A fast route for all texts but those with letters that only newer Unicode versions know: these go by the reference.
+    """A fast route for all but letters that only newer Unicode versions know: what holds one goes by the reference.
 
     Patterns ask whether a character is a letter or a digit, and each library answers by the Unicode tables it was built with.
-    One document in 104,269 of source code and documentation differed for that (it listed letters of Unicode 17).
+    One document in 104,269 of source code and documentation differed for that (it listed letters of Unicode 17). Where the
+    tokenizer's pattern allows it, only the lines with such letters go by the reference, else their whole text.
     """
 
     def __init__(self, route: Route, reference: Route):
         self.route, self.reference = route, reference
+        self.cuts_at_line_ends = route.cuts_at_line_ends
 
     def encode(self, texts: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
         """See Route."""
-        unsure = texts_with_new_letters(texts)
+        unsure = set(texts_with_new_letters(texts))
         if not unsure:
             return self.route.encode(texts)
-        encoded = [self.route.encode(part) for part in _between(texts, unsure)]
-        exact = [self.reference.encode([texts[index]]) for index in unsure]
-        parts = [encoded[0], *chain.from_iterable(zip(exact, encoded[1:], strict=True))]
-        return tuple(np.concatenate(each) for each in zip(*parts, strict=True))
+        pieces = [self._pieces(text) if index in unsure else [(text, True)] for index, text in enumerate(texts)]
+        found = {
+            sure: iter(_each(route, [text for text, is_sure in chain.from_iterable(pieces) if is_sure == sure]))
+            for sure, route in ((True, self.route), (False, self.reference))
+        }
+        ids = [[next(found[sure]) for _, sure in of_text] for of_text in pieces]
+        lengths = [sum(map(len, of_text)) for of_text in ids]
+        return np.concatenate(list(chain.from_iterable(ids))), np.array(lengths, np.int64)
+
+    def _pieces(self, text: str) -> list[tuple[str, bool]]:
+        """A text with new letters as pieces, and whether the fast route is sure of each: long ones with few new letters
+        should not wait for the reference."""
+        if not self.cuts_at_line_ends:
+            return [(text, False)]
+        parts = word_patterns.parts(text)
+        unsure = set(texts_with_new_letters(parts))
+        runs = groupby(enumerate(parts), lambda part: part[0] not in unsure)
+        return [("".join(part for _, part in run), sure) for sure, run in runs]
 
 
-def _between(texts: Sequence[str], cuts: Sequence[int]) -> list[Sequence[str]]:
-    """The texts before, between and after those of the given indices."""
-    return [texts[first + 1 : last] for first, last in zip([-1, *cuts], [*cuts, len(texts)], strict=True)]
+def _each(route: Route, texts: Sequence[str]) -> list[np.ndarray]:
+    """The ids of each text."""
+    ids, lengths = route.encode(texts)
+    return np.split(ids, np.cumsum(lengths)[:-1]) if texts else []
 
 
 class _Normaliser:
@@ -219,7 +245,7 @@ class TiktokenRoute:
         merged = vocabulary.keys() - {token["content"] for token in spec.get("added_tokens") or ()} - tokenizer.specials
         _check_merges(spec["model"]["merges"], vocabulary, merged)
         ranks = {b"".join(map(bytes_of.__getitem__, token)): vocabulary[token] for token in merged}
-        self._added = set(wanted)
+        self._added, self.cuts_at_line_ends = set(wanted), _cuts_at_line_ends(spec)
         self._encoder = tiktoken.Encoding("corpus", pat_str=pattern, mergeable_ranks=ranks, special_tokens=wanted)
 
     def encode(self, texts: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
@@ -230,6 +256,12 @@ class TiktokenRoute:
         ]
         lengths = np.fromiter(map(len, encoded), np.int64, len(encoded))
         return np.concatenate([np.empty(0, np.uint32), *encoded]), lengths
+
+
+def _cuts_at_line_ends(spec: dict) -> bool:
+    added = [token["content"] for token in spec.get("added_tokens") or ()]
+    plain = spec.get("normalizer") in (None, NFC)
+    return plain and word_patterns.cuts_at_line_ends(_byte_level_pattern(spec), added)
 
 
 def _check_merges(merges: list, vocabulary: dict[str, int], merged: set[str]) -> None:
@@ -257,7 +289,7 @@ def _byte_level_pattern(spec: dict) -> str | None:
     if last.get("type") != "ByteLevel" or last.get("add_prefix_space"):
         return None
     if len(steps) == 1 and last.get("use_regex", True):
-        return GPT2_PATTERN
+        return word_patterns.GPT2
     if len(steps) == 2 and not last.get("use_regex", True) and steps[0].get("type") == "Split":
         split = steps[0]
         is_plain = split.get("behavior") == "Isolated" and not split.get("invert")

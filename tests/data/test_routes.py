@@ -4,6 +4,8 @@ import unicodedata
 import numpy as np
 import pytest
 import sentencepiece
+from hypothesis import given
+from hypothesis import strategies as st
 from tokenizers import pre_tokenizers
 
 from cpt_mega.data import routes
@@ -11,6 +13,7 @@ from cpt_mega.data.new_letters import LAST_LETTERS, is_new
 from cpt_mega.data.routes import (
     NASTY,
     REFERENCE,
+    GuardedRoute,
     ReferenceRoute,
     TiktokenRoute,
     _byte_letters,
@@ -19,6 +22,7 @@ from cpt_mega.data.routes import (
     open_route,
 )
 from cpt_mega.data.tokenizer import TextTokenizer
+from cpt_mega.data.word_patterns import parts
 from cpt_mega.errors import InputError
 from tests.helpers.corpora import TEXTS
 from tools.bench.tokenizer_kinds import ADDED, KINDS, SPECIALS, train_kind
@@ -207,12 +211,75 @@ def test_every_other_character_is_classed_as_the_reference_does(kind, name, rout
     assert first_difference(open_route(tokenizer, route), ReferenceRoute(tokenizer), texts) is None
 
 
+@pytest.mark.parametrize("name", KINDS)
+def test_only_kinds_with_a_known_pattern_are_cut_at_line_ends(kind, name):
+    tokenizer = kind(name)
+    for route in ("gigatoken", "tiktoken") if name in BYTE_LEVEL else ("gigatoken",):
+        if EXPECTED[name] != REFERENCE:
+            assert open_route(tokenizer, route).cuts_at_line_ends == (name in BYTE_LEVEL)
+
+
+@pytest.mark.parametrize("token", ["x\n", "\nx"])
+def test_an_added_token_over_a_line_end_is_not_cut(kind, token):
+    tokenizer = kind("Llama 3")
+    spec = json.loads(tokenizer.path.read_text())
+    spec["added_tokens"].append(spec["added_tokens"][-1] | {"content": token, "id": 499})
+    tokenizer.path.write_text(json.dumps(spec))
+    route = open_route(TextTokenizer.load(tokenizer.path), "gigatoken")
+    assert route.cuts_at_line_ends == (token == "\nx")
+
+
+@pytest.fixture(scope="module")
+def byte_level(kind):
+    """Tokenizers that join any two letters of one word, line ends and blanks too: the ids show where words are cut."""
+    letters = [_byte_letters()[ord(letter)] for letter in "abZ \n\r\t1's.!/"]
+    merges = [[one, other] for one in letters for other in letters]
+    return {name: with_merges(kind(name), merges) for name in BYTE_LEVEL}
+
+
+@pytest.mark.parametrize("name", BYTE_LEVEL)
+@given(text=st.text(st.sampled_from([*"abZ \n\r\t1's.!/é", "\u0301", "\u0378", "\U00016ec2", "北", "🙂"]), max_size=40))
+def test_a_text_has_the_ids_of_its_parts(byte_level, name, text):
+    reference = ReferenceRoute(byte_level[name])
+    assert reference.encode([text])[0].tolist() == reference.encode(parts(text))[0].tolist()
+    assert "".join(parts(text)) == text
+
+
+def test_words_that_go_over_a_line_end_would_show(byte_level):
+    """Cut behind a sign, where no part ends, the ids are others."""
+    reference = ReferenceRoute(byte_level["Llama 3"])
+    assert reference.encode(["a.\n\nb"])[0].tolist() != reference.encode(["a.", "\n\nb"])[0].tolist()
+
+
+@pytest.mark.parametrize("name", ["Llama 3", "Llama 2, Mistral 7B"])
+def test_of_a_long_text_only_the_lines_with_new_letters_go_by_the_reference(kind, name):
+    tokenizer = kind(name)
+    reference, asked = ReferenceRoute(tokenizer), []
+
+    class Watched(ReferenceRoute):
+        def encode(self, texts):
+            asked.extend(texts)
+            return super().encode(texts)
+
+    route = GuardedRoute(open_route(tokenizer, "gigatoken"), Watched(tokenizer))
+    long = "a word\n" * 500 + "x \U00016ec2 y\n" + "more of it\n" * 500
+    texts = ["plain", long, "", "\u0378", "the end"]
+    ids, lengths = route.encode(texts)
+    expected, their_lengths = reference.encode(texts)
+    assert ids.tolist() == expected.tolist() and lengths.tolist() == their_lengths.tolist()
+    assert asked == (["\nx \U00016ec2 y", "\u0378"] if name == "Llama 3" else [long, "\u0378"])
+
+
 def joining(tokenizer: TextTokenizer) -> TextTokenizer:
     """The tokenizer with another vocabulary: bytes, and any byte of a longer letter with what may follow it."""
+    last = [letter for letter, byte in zip(_byte_letters(), range(256), strict=True) if 0x80 <= byte < 0xC0]
+    return with_merges(tokenizer, [[byte, follower] for byte in last for follower in "A1!"])
+
+
+def with_merges(tokenizer: TextTokenizer, merges: list[list[str]]) -> TextTokenizer:
+    """The tokenizer with bytes and these merges alone."""
     spec = json.loads(tokenizer.path.read_text())
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    last = [letter for letter, byte in zip(_byte_letters(), range(256), strict=True) if 0x80 <= byte < 0xC0]
-    merges = [[byte, follower] for byte in last for follower in "A1!"]
     pieces = [*(token["content"] for token in spec["added_tokens"]), *alphabet, *("".join(merge) for merge in merges)]
     spec["model"] |= {"vocab": {piece: number for number, piece in enumerate(pieces)}, "merges": merges}
     for token in spec["added_tokens"]:

@@ -12,16 +12,10 @@ import sentencepiece
 import tokenizers
 from tokenizers import Regex, decoders, models, normalizers, pre_tokenizers, trainers
 
+from cpt_mega.data import word_patterns
+
 SPECIALS = ["<|endoftext|>", "<|im_start|>"]
 ADDED = "<tool>"  # not special: found in texts
-# The patterns by which the tokenizers of these families cut words.
-LLAMA3 = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
-QWEN = LLAMA3.replace("{1,3}", "")
-_UPPER, _LOWER = r"[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]", r"[\p{Ll}\p{Lm}\p{Lo}\p{M}]"
-TEKKEN = (
-    rf"[^\r\n\p{{L}}\p{{N}}]?{_UPPER}*{_LOWER}+|[^\r\n\p{{L}}\p{{N}}]?{_UPPER}+{_LOWER}*"
-    r"|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+"
-)
 BLANK = "▁"
 LONGEST_LINE = 2000  # SentencePiece's trainers are for sentences
 
@@ -75,9 +69,9 @@ def _unigram(texts: Sequence[str], vocab_size: int) -> tokenizers.Tokenizer:
 
 JSON_KINDS: dict[str, Callable[[Sequence[str], int], tokenizers.Tokenizer]] = {
     "GPT-2": _byte_level(None),
-    "Llama 3": _byte_level(LLAMA3, ignore_merges=True),
-    "Qwen 2.5, 3": _byte_level(QWEN, normalizers.NFC()),
-    "Mistral (Tekken)": _byte_level(TEKKEN, ignore_merges=True),
+    "Llama 3": _byte_level(word_patterns.LLAMA3, ignore_merges=True),
+    "Qwen 2.5, 3": _byte_level(word_patterns.QWEN, normalizers.NFC()),
+    "Mistral (Tekken)": _byte_level(word_patterns.TEKKEN, ignore_merges=True),
     "Llama 2, Mistral 7B": _byte_fallback(True, None),
     "Gemma": _byte_fallback(False, pre_tokenizers.Split(" ", "merged_with_previous")),
     "Unigram": _unigram,

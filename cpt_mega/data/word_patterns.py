@@ -1,0 +1,31 @@
+"""The patterns by which byte-level tokenizers of known families cut words, and where a text may be cut under all of them."""
+
+import re
+from collections.abc import Iterable
+
+GPT2 = r"""'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"""
+LLAMA3 = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}"
+    r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+QWEN = LLAMA3.replace("{1,3}", "")
+_UPPER, _LOWER = r"[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]", r"[\p{Ll}\p{Lm}\p{Lo}\p{M}]"
+TEKKEN = (
+    rf"[^\r\n\p{{L}}\p{{N}}]?{_UPPER}*{_LOWER}+|[^\r\n\p{{L}}\p{{N}}]?{_UPPER}+{_LOWER}*"
+    r"|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+
+# None of them looks back, none has a match that goes on from an ASCII letter into a line end, and they look ahead behind
+# blanks alone: so a text that is cut there has the words of its parts.
+_CUT_AT_LINE_ENDS = {GPT2, LLAMA3, QWEN, TEKKEN}
+_LINE_END = re.compile(r"(?<=[A-Za-z])(?=\n)")
+
+
+def cuts_at_line_ends(pattern: str | None, added: Iterable[str]) -> bool:
+    """Whether the ids of a text are those of its ``parts``, one behind the other; ``added`` tokens are found in texts."""
+    return pattern in _CUT_AT_LINE_ENDS and not any(map(_LINE_END.search, added))
+
+
+def parts(text: str) -> list[str]:
+    """A text, cut wherever a line ends with an ASCII letter; the next part begins with the line end."""
+    return _LINE_END.split(text)
