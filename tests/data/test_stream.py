@@ -93,8 +93,17 @@ def test_what_a_loss_mask_leaves_out_is_in_no_ledger_and_no_share(sources, tmp_p
 def test_a_source_of_which_nothing_counts_ends_the_run_instead_of_feeding_it_for_ever(sources, tmp_path):
     nothing = make_source(masked_corpus(tmp_path / "m", [7] * 10, [0] * 70), "m", 0.5, S)
     stream = MixedStream([sources[0], nothing], S, seed=0)
-    with pytest.raises(InputError, match="of source m = 6: nothing of this source counts"):
+    with pytest.raises(InputError, match="of source m = 11: nothing of this source counts"):
         stream.next_batch(1000)
+
+
+def test_one_token_that_counts_is_enough(tmp_path):
+    """However far its rows are apart in two epochs."""
+    source = make_source(masked_corpus(tmp_path / "m", [S] * 9, [1] + [0] * (9 * S - 1)), "m", 1, S)
+    for seed in range(20):
+        stream = MixedStream([source], S, seed)
+        stream.next_batch(9 * 20)
+        assert stream.tokens == 20
 
 
 def test_shares_stay_within_one_row_with_many_sources(tmp_path):

@@ -38,7 +38,7 @@ def site(tmp_path_factory):
     mask_path(folder / "corpus").write_bytes(np.concatenate(mask).tobytes())
     (folder / "train.yaml").write_text(
         f"run: {{dir: {folder}/run}}\nmodel: {{checkpoint: {folder}/import}}\nprecision: fp32\n"
-        f"train: {{tokens: {sum(LENGTHS)}, seq_length: {SEQ_LENGTH}, global_batch_size: 8, micro_batch_size: 2}}\n"
+        f"train: {{tokens: {LENGTHS[ONE]}, seq_length: {SEQ_LENGTH}, global_batch_size: 8, micro_batch_size: 2}}\n"
         "optimizer: {lr: 1.0e-3, clip_norm: 0}\nschedule: {kind: constant, warmup_tokens: 0}\n"
         f"data: {{sources: [{{name: all, path: {folder}/corpus, role: domain}}]}}\nlogging: {{tensorboard: false}}\n"
     )
