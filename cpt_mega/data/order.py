@@ -7,6 +7,7 @@ of splitmix64 (Steele, Lea, Flood, OOPSLA 2014). This shuffles; it does not hide
 """
 
 import hashlib
+from collections.abc import Callable
 from functools import lru_cache
 
 ROUNDS = 8  # even, so that the halves are back in their places at the end
@@ -23,26 +24,24 @@ def permuted(index: int, n: int, key: int) -> int:
 
     Raises IndexError unless ``0 <= index < n``: that is a mistake of the caller, not of a user.
     """
+    return _walk(_feistel, index, n, key)
+
+
+def unpermuted(image: int, n: int, key: int) -> int:
+    """The index that ``permuted`` takes to ``image``. Raises IndexError as it does."""
+    return _walk(_feistel_back, image, n, key)
+
+
+def _walk(one_pass: Callable[[int, int, tuple[int, ...]], int], index: int, n: int, key: int) -> int:
+    """Passes until the result lies in ``range(n)``."""
     if not 0 <= index < n:
         raise IndexError(f"index {index} is outside range({n})")
     bits = max(2, (n - 1).bit_length())
     rounds = _round_keys(key)
     while True:
-        index = _feistel(index, bits, rounds)
+        index = one_pass(index, bits, rounds)
         if index < n:
             return index
-
-
-def unpermuted(image: int, n: int, key: int) -> int:
-    """The index that ``permuted`` takes to ``image``. Raises IndexError as it does."""
-    if not 0 <= image < n:
-        raise IndexError(f"image {image} is outside range({n})")
-    bits = max(2, (n - 1).bit_length())
-    rounds = _round_keys(key)
-    while True:
-        image = _feistel_back(image, bits, rounds)
-        if image < n:
-            return image
 
 
 def _feistel(value: int, bits: int, rounds: tuple[int, ...]) -> int:
@@ -57,6 +56,7 @@ def _feistel(value: int, bits: int, rounds: tuple[int, ...]) -> int:
 
 
 def _feistel_back(value: int, bits: int, rounds: tuple[int, ...]) -> int:
+    """``_feistel``, undone."""
     low_bits = bits // 2
     high_bits = bits - low_bits
     high, low = value >> low_bits, value & ((1 << low_bits) - 1)

@@ -272,7 +272,9 @@ class MixedStream:
     def _check_barren(self, source: Source, tokens: int) -> None:
         """A source of which nothing counts would be due for ever, and its run would never end."""
         self._barren[source.name] = 0 if tokens else self._barren[source.name] + 1
-        if self._barren[source.name] > 2 * source.plan.rows:  # the one that counts may come first and last in two epochs
+        if (
+            self._barren[source.name] > 2 * source.plan.rows
+        ):  # the one that counts may come first and last in two epochs
             fix = "nothing of this source counts for the loss: look at its loss mask and at data.row_checks, or leave it out"
             raise InputError(f"rows one behind the other of source {source.name}", self._barren[source.name], fix)
 
