@@ -59,5 +59,9 @@ while kill -0 "$child" 2>/dev/null; do
 done
 [ "$code" = 0 ] && exit 0
 own=$(head -n 1 "$CPT_MEGA_EXIT_CODE_FILE")
-echo "ended with exit code ${own:-70}; see $run_dir/status.json" >&2
+if [ "${own:-70}" = 2 ]; then
+  echo "ended with exit code 2: the error above says what to mend" >&2
+else
+  echo "ended with exit code ${own:-70}; see $run_dir/status.json" >&2
+fi
 exit "${own:-70}" # no code: the trainer was killed before it could say anything

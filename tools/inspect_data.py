@@ -20,7 +20,7 @@ from cpt_mega.command_line import bytes_progress, print_table, run_tool, steps_p
 from cpt_mega.data import inspection  # noqa: E402
 from cpt_mega.data.indexed import IndexedCorpus  # noqa: E402
 from cpt_mega.data.manifest import load_manifest, manifest_path  # noqa: E402
-from cpt_mega.data.packing import METHODS  # noqa: E402
+from cpt_mega.data.packing import BEST_FIT, METHODS, RowPlan  # noqa: E402
 from cpt_mega.data.plan_picture import draw_plan  # noqa: E402
 from cpt_mega.data.plan_store import open_plan  # noqa: E402
 from cpt_mega.data.tokenizer import TextTokenizer  # noqa: E402
@@ -36,7 +36,7 @@ def parse_arguments() -> argparse.Namespace:
         help="show document I (from 0): text, or ids alone; with --run, SOURCE:I: at which steps it was seen",
     )
     parser.add_argument("--rows", type=int, metavar="TOKENS", help="how its documents fill rows of so many tokens")
-    parser.add_argument("--packing", choices=list(METHODS), default="best_fit", help="with --rows (default best_fit)")
+    parser.add_argument("--packing", choices=list(METHODS), help=f"with --rows (default {BEST_FIT})")
     parser.add_argument("--picture", type=Path, metavar="FILE", help="with --rows: a picture of it, .png or .svg")
     parser.add_argument("--run", metavar="RUN", help="a run.dir instead of PREFIX")
     parser.add_argument("--step", type=int, metavar="K", help="with --run: the rows of step K (from 1)")
@@ -51,6 +51,7 @@ def parse_arguments() -> argparse.Namespace:
 
 def main() -> None:
     arguments = parse_arguments()
+    check_together(arguments)
     if (arguments.prefix is None) == (arguments.run is None):
         raise InputError("PREFIX", arguments.prefix, "name a corpus, or a run with --run")
     if arguments.run is not None:
@@ -68,6 +69,15 @@ def main() -> None:
         show_rows(corpus, arguments)
     else:
         show_summary(inspection.summarise(corpus), arguments.json)
+
+
+def check_together(arguments: argparse.Namespace) -> None:
+    """Raises InputError for an option that would be passed over without another."""
+    for name, needs in (("picture", "rows"), ("packing", "rows"), ("rows", "prefix"), ("step", "run")):
+        value = getattr(arguments, name)
+        if value is not None and getattr(arguments, needs) is None:
+            fix = "goes with PREFIX" if needs == "prefix" else f"goes with --{needs}"
+            raise InputError(f"--{name}", str(value), fix)
 
 
 def document_number(word: str) -> int:
@@ -96,7 +106,8 @@ def inspect_run(arguments: argparse.Namespace) -> None:
         seen = [{"step": step, "place": place, **asdict(piece)} for step, place, piece in found]
         print(json.dumps({"document": arguments.document, "steps_done": replay.last_step, "seen": seen}))
         return
-    print(f"document {number} of {source}: seen {len(found)} times in {replay.last_step:,} steps")
+    times = "once" if len(found) == 1 else f"{len(found)} times"
+    print(f"document {number} of {source}: seen {times} in {replay.last_step:,} steps")
     for step, place, piece in found:
         print(f"  step {step}, row {place}: tokens {piece.start:,} to {piece.start + piece.length:,}")
 
@@ -111,29 +122,30 @@ def show_step(replay, arguments: argparse.Namespace) -> None:
     done = "" if arguments.step <= replay.last_step else ", which the run has not finished"
     print(f"step {arguments.step} of {replay.last_step:,}{done}: {len(rows)} rows")
     for place, row in enumerate(rows):
-        counted = int(row.packed.loss_mask.sum())
-        print(f"row {place}: row {row.row} of {row.source}, {len(row.pieces)} documents, {counted:,} targets")
-        for piece, ids in pieces_of(row):
+        targets = int(row.packed.loss_mask.sum())
+        print(f"row {place}: row {row.row} of {row.source}, {len(row.pieces)} documents, {targets:,} targets")
+        for piece, ids, mask in pieces_of(row):
             text = " ".join(map(str, ids[:12])) if tokenizer is None else repr(tokenizer.decode(ids)[:60])
-            span = f"tokens {piece.start:,} to {piece.start + piece.length:,}"
+            span = f"tokens {piece.start:,} to {piece.start + piece.length:,}, {sum(mask):,} targets"
             print(f"  document {piece.document}, {span}: {text}")
 
 
 def as_json(row, tokenizer: TextTokenizer | None) -> dict:
-    """A row with the tokens and the mask of each document."""
-    mask, documents, at = row.packed.loss_mask.astype(int).tolist(), [], 0
-    for piece, ids in pieces_of(row):
-        text = tokenizer and tokenizer.decode(ids)
-        documents.append({**asdict(piece), "ids": ids, "mask": mask[at : at + piece.length], "text": text})
-        at += piece.length
-    return {"source": row.source, "row": row.row, "documents": documents, "padding": len(mask) - at}
+    """A row with the tokens of each document, and for each whether its target, the next token, counts."""
+    documents = [
+        {**asdict(piece), "ids": ids, "mask": mask, "text": tokenizer and tokenizer.decode(ids)}
+        for piece, ids, mask in pieces_of(row)
+    ]
+    padding = len(row.packed.ids) - sum(piece.length for piece in row.pieces)
+    return {"source": row.source, "row": row.row, "documents": documents, "padding": padding}
 
 
 def pieces_of(row) -> Iterator[tuple]:
-    """Each piece of a row and its token ids."""
+    """Each piece of a row, its token ids and its mask."""
     at = 0
     for piece in row.pieces:
-        yield piece, row.packed.ids[at : at + piece.length].tolist()
+        span = slice(at, at + piece.length)
+        yield piece, row.packed.ids[span].tolist(), row.packed.loss_mask[span].astype(int).tolist()
         at += piece.length
 
 
@@ -163,16 +175,24 @@ def show_document(corpus: IndexedCorpus, document: int, arguments: argparse.Name
 
 def show_rows(corpus: IndexedCorpus, arguments: argparse.Namespace) -> None:
     """How documents fill rows: numbers, and a picture."""
-    plan = open_plan(corpus, arguments.rows, arguments.packing)
+    if arguments.rows < 1:
+        raise InputError("--rows", arguments.rows, "give the tokens of a row, as 4096")
+    plan = open_plan(corpus, arguments.rows, arguments.packing or BEST_FIT)
     found = plan.statistics
-    if arguments.picture is not None:
-        draw_plan(plan, corpus.document_lengths, arguments.picture, Path(corpus.prefix).name)
     if arguments.json:
         print(json.dumps({"seq_length": plan.seq_length, **asdict(found), "fill": found.fill}))
-        return
+    else:
+        print_rows(corpus, plan, arguments)
+    if arguments.picture is not None:  # last: what draws it may be missing
+        draw_plan(plan, corpus.document_lengths, arguments.picture, Path(corpus.prefix).name)
+
+
+def print_rows(corpus: IndexedCorpus, plan: RowPlan, arguments: argparse.Namespace) -> None:
+    """The numbers of a plan as a table."""
+    found = plan.statistics
     most = f"99 % at most {found.documents_a_row_p99:,}, {found.most_documents:,} in one"
     rows = {
-        "rows": f"{found.rows:,} of {plan.seq_length:,} tokens, {arguments.packing}",
+        "rows": f"{found.rows:,} of {plan.seq_length:,} tokens, {arguments.packing or BEST_FIT}",
         "fill": f"{found.fill:.3%}; {found.padding:,} tokens of padding",
         "split documents": f"{found.split_documents:,} of {found.documents:,}",
         "documents a row": f"{found.documents_a_row:.1f}; {most}",

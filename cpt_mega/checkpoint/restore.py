@@ -168,7 +168,7 @@ def _full(config: Config, start: Start, lineage: dict, layout: dict[str, int]) -
         rows.append(("FP8 scales", "fresh", "delayed scaling measures them again in its first steps"))
     for name, before, after in differences:
         what = "accepted" if _matches(name, _NEEDS_ACCEPTANCE) else _unasked(name)
-        rows.append((name, what, f"{_short(before)} is now {_short(after)}"))
+        rows.append((name, what, _change(name, before, after)))
     return Restore(start, state, same, rows)
 
 
@@ -242,6 +242,13 @@ def _check_accepted(config: Config, differences: list[tuple[str, Any, Any]]) -> 
 
 def _unasked(name: str) -> str:
     return "takes effect" if _matches(name, _TAKES_EFFECT) else "harmless"
+
+
+def _change(name: str, before: Any, after: Any) -> str:
+    if not name.startswith("data.exclude."):
+        return f"{_short(before)} is now {_short(after)}"
+    more = set(after or ()) - set(before or ())
+    return f"{len(before or ())} rows stay excluded, {len(more)} more from here on"
 
 
 def _short(value: Any) -> str:

@@ -70,7 +70,8 @@ def _read(path: Path, seen: tuple[Path, ...]) -> dict:
 
 
 class _YamlLoader(yaml.SafeLoader):
-    """YAML with two habits of this field: 2e-5 and 1e9 are numbers, and a key given twice is an error."""
+    """YAML with three habits of this field: 2e-5 and 1e9 are numbers, off and on are words (as in YAML 1.2), and a key given
+    twice is an error."""
 
     def construct_mapping(self, node, deep=False):
         keys = [self.construct_object(key, deep=True) for key, _ in node.value]
@@ -86,6 +87,12 @@ def _number(loader: yaml.SafeLoader, node: yaml.ScalarNode) -> float:
 
 # YAML 1.1 reads 2e-5 as a string because it has no dot.
 _EXPONENT = re.compile(r"^[-+]?[0-9][0-9_]*[eE][-+]?[0-9]+$")
+_BOOLEAN = "tag:yaml.org,2002:bool"
+_YamlLoader.yaml_implicit_resolvers = {
+    first: [(tag, pattern) for tag, pattern in known if tag != _BOOLEAN]
+    for first, known in yaml.SafeLoader.yaml_implicit_resolvers.items()
+}
+_YamlLoader.add_implicit_resolver(_BOOLEAN, re.compile(r"^(?:true|True|TRUE|false|False|FALSE)$"), list("tTfF"))
 _YamlLoader.add_implicit_resolver("!exponent", _EXPONENT, list("-+0123456789"))
 _YamlLoader.add_constructor("!exponent", _number)
 
@@ -153,6 +160,15 @@ def _whole_numbers(value: Any) -> Any:
     return int(value) if isinstance(value, float) and value.is_integer() else value
 
 
+# what pydantic says in Python's words
+_IN_WORDS = {
+    "tuple_type": "must be a list, as [a, b]",
+    "dict_type": "must be a mapping, as {name: value}",
+    "model_type": "must be a section: a mapping of its keys",
+    "bool_type": "must be true or false",
+}
+
+
 def _as_input_error(problem: dict) -> InputError:
     """pydantic's first complaint as field, value and fix."""
     field = ".".join(str(part) for part in problem["loc"])
@@ -166,7 +182,8 @@ def _as_input_error(problem: dict) -> InputError:
         for part in field.split("."):
             value = value.get(part) if isinstance(value, dict) else None
         return InputError(field, value, sentence)
-    return InputError(field, problem["input"], problem["msg"][0].lower() + problem["msg"][1:])
+    fix = _IN_WORDS.get(problem["type"], problem["msg"][0].lower() + problem["msg"][1:])
+    return InputError(field, problem["input"], fix)
 
 
 def _suggestion(location: tuple) -> str:

@@ -18,6 +18,7 @@ from cpt_mega.errors import InputError
 
 PACKING_VERSION = 1  # another one where the same lengths give another plan
 MOST_ROW_TOKENS = 1 << 30
+BEST_FIT, CONCAT = "best_fit", "concat"
 TOKENS_A_DOCUMENT = 128  # a row of so many times n tokens holds at most n documents, where their lengths allow it
 
 
@@ -102,7 +103,7 @@ class RowPlan:
         return slice(self.row_offsets[row], self.row_offsets[row + 1])
 
 
-def plan_rows(document_lengths: np.ndarray, seq_length: int, method: str = "best_fit") -> RowPlan:
+def plan_rows(document_lengths: np.ndarray, seq_length: int, method: str = BEST_FIT) -> RowPlan:
     """Packs documents of the given token counts [documents] into rows; every token lands in exactly one row.
 
     Deterministic: equal lengths give an equal plan. Documents without tokens take no place.
@@ -200,4 +201,4 @@ def _narrow(part: np.ndarray) -> np.ndarray:
     return part.astype(np.int32 if part.max(initial=0) <= np.iinfo(np.int32).max else np.int64, copy=False)
 
 
-METHODS: dict[str, Callable[[np.ndarray, int], RowPlan]] = {"best_fit": _best_fit, "concat": _concat}
+METHODS: dict[str, Callable[[np.ndarray, int], RowPlan]] = {BEST_FIT: _best_fit, CONCAT: _concat}

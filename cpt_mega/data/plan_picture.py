@@ -40,7 +40,7 @@ def draw_plan(plan: RowPlan, document_lengths: np.ndarray, path: Path, title: st
 def _draw_lengths(axes, plan: RowPlan, lengths: np.ndarray) -> None:
     longest = max(int(lengths.max(initial=1)), plan.seq_length)
     axes.hist(lengths, np.geomspace(1, longest + 1, BARS))
-    label = f"a row; {plan.statistics.split_documents:,} are longer"
+    label = f"a row; longer: {np.count_nonzero(lengths > plan.seq_length):,}"
     axes.axvline(plan.seq_length, color="black", linestyle="--", label=label)
     axes.set(xscale="log", xlabel="tokens of a document", ylabel="documents")
     axes.legend()

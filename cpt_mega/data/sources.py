@@ -56,7 +56,6 @@ class Source:
             "name": self.name,
             "role": self.role,
             "path": self.corpus.prefix,
-            "weight": self.weight,
             "masked_tokens": self.masked_tokens,
             "packing": packing,
         }

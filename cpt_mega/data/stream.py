@@ -322,4 +322,4 @@ def _check_excluded(name: str, excluded: Sequence[int], rows: int) -> None:
     if excluded and not 0 <= excluded[0] <= excluded[-1] < rows:
         raise InputError(f"excluded row of {name}", excluded[-1], f"its plan has rows 0 to {rows - 1}")
     if len(excluded) == rows:
-        raise InputError(f"excluded rows of {name}", rows, "nothing is left; leave the source out")
+        raise InputError(f"excluded rows of {name}", f"all {rows}", "nothing is left of it; leave the source out")

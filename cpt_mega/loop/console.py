@@ -5,6 +5,7 @@ from collections.abc import Sequence
 
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 from cpt_mega.data.sources import Source
 from cpt_mega.engine.fast_paths import FastPath
@@ -12,9 +13,44 @@ from cpt_mega.engine.fast_paths import FastPath
 _COLOURS = {"restored": "green", "fresh": "cyan", "accepted": "yellow", "harmless": "dim"}
 
 
+MOST_ODD_ROWS = 5  # said on the console; a corpus may be full of them
+
+
 def make_console() -> Console:
-    """A console that is wide enough for tables in a log file and does not wrap Megatron's line."""
-    return Console(file=sys.stdout, width=None if sys.stdout.isatty() else 160, soft_wrap=True, highlight=False)
+    """A console that is wide enough for tables in a log file and does not wrap Megatron's line.
+
+    Without markup: commands and field names have brackets.
+    """
+    width = None if sys.stdout.isatty() else 160
+    return Console(file=sys.stdout, width=width, soft_wrap=True, highlight=False, markup=False)
+
+
+class DataEvents:
+    """Says on the console what happens to a run's data: what the ledger has of it, in a sentence."""
+
+    def __init__(self, console: Console):
+        self.console, self._odd_rows = console, 0
+
+    def __call__(self, line: dict) -> None:
+        """Takes a line of the ledger; those of other kinds say nothing here."""
+        words = {"weights": self._weights, "odd_row": self._odd_row}.get(line["kind"], lambda line: None)(line)
+        if words:
+            self.console.print(f" data at iteration {line['step']:8d} | {words}", style="yellow")
+
+    def _weights(self, line: dict) -> str:
+        if "dropped" in line:
+            return f"source {line['dropped']} has been read out ({line['by']}); the others go on without it"
+        total = sum(line["weights"].values())
+        shares = ", ".join(f"{name} {weight / total:.1%}" for name, weight in line["weights"].items())
+        return f"shares of tokens are now {shares} ({line.get('by', 'decided')})"
+
+    def _odd_row(self, line: dict) -> str | None:
+        self._odd_rows += 1
+        if self._odd_rows > MOST_ODD_ROWS + 1:
+            return None
+        if self._odd_rows > MOST_ODD_ROWS:
+            return "more odd rows: they are in ledger.jsonl"
+        return f"row {line['row']} of {line['source']}: {line['problem']} ({line['action']})"
 
 
 def duration(seconds: float) -> str:
@@ -55,8 +91,7 @@ def contract_table(title: str, rows: Sequence[tuple[str, str, str]]) -> Table:
     for name in ("item", "", "note"):
         table.add_column(name)
     for item, what, note in rows:
-        colour = _COLOURS.get(what, "")
-        table.add_row(item, f"[{colour}]{what}[/]" if colour else what, note)
+        table.add_row(item, Text(what, _COLOURS.get(what, "")), note)
     return table
 
 
@@ -91,5 +126,5 @@ def fast_paths_table(paths: Sequence[FastPath]) -> Table:
     for name in ("path", "", "why, or the option"):
         table.add_column(name)
     for path in paths:
-        table.add_row(path.name, "[green]on[/]" if path.on else "[dim]off[/]", path.why)
+        table.add_row(path.name, Text("on", "green") if path.on else Text("off", "dim"), path.why)
     return table

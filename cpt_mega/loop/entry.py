@@ -10,7 +10,7 @@ from pathlib import Path
 
 from cpt_mega.errors import CptMegaError, ExitCode, InputError
 from cpt_mega.loop.noise import quieten
-from cpt_mega.loop.run_folder import RunFolder, ended_since, read_status
+from cpt_mega.loop.run_folder import RunFolder, ended_since, read_status, written_since
 
 _STARTED = time.time()
 _AFTER_MAIN_S = 0.5
@@ -43,7 +43,8 @@ def _record(run_dir: str | None, state: str, reason: str, code: ExitCode) -> int
     if run_dir is not None:
         folder = Path(run_dir)
         before = read_status(folder) or {}
-        mistaken = state == "config_error" and bool(before)  # says nothing of the run that stands in the folder
+        # an error in the configuration says nothing of a run that stood in the folder before
+        mistaken = state == "config_error" and bool(before) and not written_since(folder, _STARTED)
         if not mistaken and not ended_since(folder, _STARTED):
             keep = (
                 before.get("step", 0),

@@ -1,5 +1,6 @@
 """Everything a run reads besides its configuration: the model's description, corpora, evaluation sets, and their names."""
 
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,7 +11,7 @@ from cpt_mega.data.mixture import Mixture
 from cpt_mega.data.packing import PACKING_VERSION
 from cpt_mega.data.row_checks import RowChecks
 from cpt_mega.data.sources import Source, corpus_identity, fixed_mixture, open_sources
-from cpt_mega.data.stream import MixedStream, Repetition
+from cpt_mega.data.stream import STOP, MixedStream, Repetition
 from cpt_mega.data.stream_state import StreamState
 from cpt_mega.errors import InputError
 from cpt_mega.gates.perplexity import HeldOut, open_eval_sets
@@ -54,11 +55,15 @@ def _warnings(config: Config, sources: list[Source]) -> Iterator[str]:
         yield "no replay source: what the model knew before gets no gradient; add one with role: replay (20 % is usual)"
     if config.gates.general_perplexity_limit is not None and all(s.bucket != "general" for s in config.eval.sets):
         yield "no gate is armed: eval.sets has no set with bucket: general, so forgetting is not watched"
-    for source, share in zip(sources, mean_shares(config, sources), strict=True):
-        passes, most = share * config.train.tokens / source.counted_tokens, config.data.max_epochs
+    roles = Counter(source.role for source in sources)
+    if config.data.adaptive.interval_tokens is not None and max(roles.values(), default=0) < 2:
+        yield "data.adaptive decides nothing: it moves shares between sources of one role, and no role has two"
+    for source, passes in zip(sources, expected_passes(config, sources), strict=True):
+        most = config.data.max_epochs
         if most is not None and passes > most:
-            then = "ends the run" if config.data.at_max_epochs == "stop" else "leaves its share to the others"
-            yield f"source {source.name} would be read {passes:,.1f} times over: after {most:g} it {then} (data.max_epochs)"
+            ends = "ends the run, at the learning rate that it has then"
+            then = ends if config.data.at_max_epochs == STOP else "leaves its share to the others"
+            yield f"source {source.name} would be read {passes:,.2g} times over: after {most:g} it {then} (data.max_epochs)"
         elif passes > MOST_PASSES:
             yield f"source {source.name} is read {passes:,.1f} times over: more than {MOST_PASSES} passes usually hurt"
 
@@ -112,10 +117,22 @@ def mean_shares(config: Config, sources: Sequence[Source]) -> list[float]:
     return [mixture.entitled(number, 0, end) / end for number in range(len(sources))]
 
 
+def expected_passes(config: Config, sources: Sequence[Source]) -> list[float]:
+    """How often the run would read each source to its last token, by what counts in the rows that are not excluded."""
+    passes = []
+    for share, source in zip(mean_shares(config, sources), sources, strict=True):
+        left = 1 - len(config.data.exclude.get(source.name, ())) / source.plan.rows
+        passes.append(share * config.train.tokens / (source.counted_tokens * max(left, 1 / source.plan.rows)))
+    return passes
+
+
 def expected_rows(config: Config, sources: Sequence[Source]) -> float:
-    """Rows that the run takes to its last token, by what counts in the rows of its sources."""
-    shares = zip(mean_shares(config, sources), sources, strict=True)
-    return sum(share * config.train.tokens * s.plan.rows / s.counted_tokens for share, s in shares)
+    """Rows that the run takes to its last token, or to the end of the data if that comes first."""
+    passes, most = expected_passes(config, sources), config.data.max_epochs
+    stops = most is not None and config.data.at_max_epochs == STOP
+    done = min([1.0, *(most / times for times in passes if times)]) if stops else 1.0
+    rows = (s.plan.rows - len(config.data.exclude.get(s.name, ())) for s in sources)
+    return done * sum(times * count for times, count in zip(passes, rows, strict=True))
 
 
 def _tokenizer(config: Config, info: ModelInfo) -> str:

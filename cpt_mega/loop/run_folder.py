@@ -138,9 +138,15 @@ def read_status(run_dir: str | Path) -> dict | None:
 def ended_since(run_dir: str | Path, moment: float) -> bool:
     """Whether some process has recorded an end of the run after ``moment`` (seconds since the epoch)."""
     status = read_status(run_dir)
-    if status is None or status.get("state") == "running":
+    return status is not None and status.get("state") != "running" and written_since(run_dir, moment)
+
+
+def written_since(run_dir: str | Path, moment: float) -> bool:
+    """Whether ``status.json`` of a run folder was written after ``moment`` (seconds since the epoch)."""
+    try:
+        return (Path(run_dir) / STATUS).stat().st_mtime >= moment
+    except OSError:
         return False
-    return (Path(run_dir) / STATUS).stat().st_mtime >= moment
 
 
 def read_lines(path: Path) -> list[dict]:

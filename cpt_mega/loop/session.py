@@ -22,7 +22,7 @@ from cpt_mega.errors import InputError
 from cpt_mega.hf.convert import export_hf
 from cpt_mega.lineage import code_version, new_run_id
 from cpt_mega.loop.callbacks import Checkpoints, Control, Evaluation, Logging
-from cpt_mega.loop.console import contract_table, fast_paths_table, make_console, sources_table
+from cpt_mega.loop.console import DataEvents, contract_table, fast_paths_table, make_console, sources_table
 from cpt_mega.loop.housekeeping import Housekeeping, collected_together
 from cpt_mega.loop.inputs import Inputs, mean_shares, open_inputs, open_stream
 from cpt_mega.loop.profiling import Profiling
@@ -84,8 +84,10 @@ def _run_claimed(
     clock.mark("restore")
 
     state = _trainer_state(config, restore, inputs.lineage, layout, mesh)
+    stream = open_stream(config, inputs.sources, state.stream)  # the last thing that may be refused
     ranks = mesh.gather({"rank": mesh.rank, "host": socket.gethostname(), "pid": os.getpid()})
-    sources = [source.described() for source in inputs.sources]
+    shares = mean_shares(config, inputs.sources)
+    sources = [s.described() | {"share": share} for s, share in zip(inputs.sources, shares, strict=True)]
     folder.open(resolved_yaml(config), ranks, sources, state.step if restore.state else None)
     status = Status(folder, state, command, config.checkpoint.export_hf == "final")
     status.write("running", "")
@@ -95,10 +97,16 @@ def _run_claimed(
         _introduce(console, config, inputs, restore, mesh, engine.fast_paths(), clock)
         place = {"step": state.step, "tokens": state.tokens, "mode": start.mode, "from": str(start.folder)}
         folder.decide({"kind": "restore", **place, "rows": restore.rows})
-    stream = open_stream(config, inputs.sources, state.stream)
     if stream is not None:
         folder.decide(data_entry(config, inputs.sources, inputs.lineage["corpora"], state.step, stream.state.to_json()))
-    trainer = Trainer(config, engine, stream, state, decide=folder.decide)
+    events = DataEvents(console)
+
+    def decide(line: dict) -> None:
+        folder.decide(line)
+        if mesh.is_main:
+            events(line)
+
+    trainer = Trainer(config, engine, stream, state, decide=decide)
     trainer.callbacks = [
         Logging(folder, reporters, console),
         Profiling(config.profile, folder.path, mesh.rank, console),

@@ -88,6 +88,7 @@ class Trainer:
     decide: Callable[[dict], None] = lambda line: None
     outcome: tuple[str, str] | None = None
     save_requested: bool = False
+    _data_ended: str | None = field(default=None, init=False)
     _unsettled: _Launched | None = field(default=None, init=False)
     _batches: Prefetcher | None = field(default=None, init=False)
 
@@ -97,6 +98,11 @@ class Trainer:
     @property
     def budget_reached(self) -> bool:
         return self.state.tokens >= self.config.train.tokens
+
+    @property
+    def ends_here(self) -> bool:
+        """Whether no step comes after this boundary: the budget is reached, or the data have come to their end."""
+        return self.budget_reached or self._data_ended is not None
 
     def stop(self, state: str, reason: str) -> None:
         """Ends the run at this boundary. All ranks must say so together; the first reason stands."""
@@ -112,7 +118,8 @@ class Trainer:
         if self.outcome is None and not self.budget_reached:
             with Prefetcher(self.stream, self.engine.prepare, self.config.train.global_batch_size) as batches:
                 self._train(batches)
-        self.stop("finished", f"reached {self.state.tokens:,} of {self.config.train.tokens:,} tokens")
+        reached = f"reached {self.state.tokens:,} of {self.config.train.tokens:,} tokens"
+        self.stop("finished", f"{reached}: {self._data_ended}" if self._data_ended else reached)
         for callback in self.callbacks:
             callback.on_end(self)
         return self.outcome
@@ -176,25 +183,30 @@ class Trainer:
         return math.ceil(max(0, self.config.train.tokens - tokens) / per_step)
 
     def _train(self, batches: Prefetcher) -> None:
-        self._batches = batches
+        self._batches, began = batches, self.state.step
         try:
-            while self.outcome is None and not self.budget_reached:
+            while self.outcome is None and not self.ends_here:
                 try:
                     launched = self._launch(batches)
                 except EndOfData as end:
                     # the thread's result keeps the error, whose traceback would keep this frame, and with it the model
-                    self.stop("finished", str(end.with_traceback(None)))
+                    self._data_ended = str(end.with_traceback(None))
+                    if self.state.step > began:  # what is done at the end of a run has not been done here
+                        self._at_boundary(0)
                     break
                 self.settle()  # the step before, while this one is under way
                 self._unsettled = launched
-                for callback in self.callbacks:
-                    callback.on_boundary(self, launched.batch.tokens)
+                self._at_boundary(launched.batch.tokens)
             self.settle()
         except Exception as error:
             self._settle_after(error)
             raise
         finally:
             self._batches = None  # nothing is read ahead any more
+
+    def _at_boundary(self, tokens: int) -> None:
+        for callback in self.callbacks:
+            callback.on_boundary(self, tokens)
 
     def _settle_after(self, error: Exception) -> None:
         """The last finished step is still reported; if its numbers were not finite, that is what went wrong first."""

@@ -68,8 +68,11 @@ REFUSED = {
     "data.sources=[{name: a, role: domain}]": ("data.sources.0.path", "is required"),
     "data.sources=[{name: a, path: b, role: other}]": ("data.sources.0.role", "'domain', 'replay' or 'instruct'"),
     "data.sources=[{name: a, path: b, role: domain, wight: 1}]": ("data.sources.0.wight", "did you mean 'weight'"),
-    "eval.sets=[1]": ("eval.sets.0", "EvalSetOptions"),
-    "train=3": ("train", "dictionary"),
+    "eval.sets=[1]": ("eval.sets.0", "a mapping of its keys"),
+    "train=3": ("train", "a mapping of its keys"),
+    "restore.accept=": ("restore.accept", "must be a list"),
+    "data.exclude=[1]": ("data.exclude", "must be a mapping"),
+    "parallel.sp=off": ("parallel.sp", "true or false"),
     "train.tokens.more=3": ("train.tokens.more", "not a section"),
     "run.dir=3": ("run.dir", "string"),
     "run.dir=[": ("run.dir", "not valid YAML"),
@@ -85,6 +88,12 @@ def test_wrong_values_are_refused_by_name_with_a_fix(config, word):
     assert refusal.value.field == field
     assert fix in refusal.value.fix
     assert "\n" not in str(refusal.value)
+
+
+def test_off_is_a_word(config):
+    """YAML 1.1 has it as a boolean, which no option of words takes."""
+    loaded = load_config(config, ["data.row_checks.action=off", "logging.wandb=off", "parallel.sp=false"])
+    assert (loaded.data.row_checks.action, loaded.logging.wandb, loaded.parallel.sp) == ("off", "off", False)
 
 
 @pytest.mark.parametrize(

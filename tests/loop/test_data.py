@@ -84,6 +84,21 @@ def test_a_source_that_is_read_out_ends_the_run(workers, jobsite, tmp_path):
     assert status(tmp_path / "run")["step"] == metrics(tmp_path / "run", "train")[-1]["step"] > 0
 
 
+def test_the_end_of_the_data_is_judged_as_the_end_of_the_budget_is(workers, jobsite, tmp_path):
+    words = [f"run.dir={tmp_path / 'run'}", "data.max_epochs=0.3", "train.tokens=100000", "logging.interval_steps=100"]
+    gate = "gates.general_perplexity_limit=10"
+    state, reason = workers(1).run("train", config=jobsite.config, overrides=[*words, gate])[0]
+    last = status(tmp_path / "run")["step"]
+    assert state == "finished" and reason.startswith("reached ") and "of 100,000 tokens: source domain" in reason
+    assert [line["step"] for line in metrics(tmp_path / "run", "eval")] == [0, 0, last, last]
+    assert [line["step"] for line in ledger(tmp_path / "run", "verdict")] == [last]
+    # the same command again finds nothing to do, and the end as it is
+    assert workers(1).run("train", config=jobsite.config, overrides=[*words, gate])[0][0] == "finished"
+    assert len(ledger(tmp_path / "run", "verdict")) == 1
+    strict = [f"run.dir={tmp_path / 'strict'}", *words[1:], "optimizer.lr=1.0", "gates.general_perplexity_limit=0.01"]
+    assert workers(1).run("train", config=jobsite.config, overrides=strict)[0][0] == "gate_stop"
+
+
 @pytest.mark.parametrize("world", [1, 2])
 def test_weights_follow_the_losses_and_a_stopped_run_goes_on_bit_for_bit(
     workers, jobsite, tmp_path, two_domains, world
@@ -188,6 +203,11 @@ def test_excluded_rows_are_not_seen_and_the_others_stay_in_order(workers, jobsit
     run_of(workers, jobsite, tmp_path / "without", f"data.exclude={{domain: {bad}}}")
     stepped = [ref for step in seen(tmp_path / "without") for ref in step]
     assert bad and not {("domain", row) for row in bad} & set(stepped)
+    restored = ledger(tmp_path / "without", "restore")
+    run_of(workers, jobsite, tmp_path / "without", "train.tokens=1200", "restore.accept=[train.tokens]")
+    rows = {item: note for item, _, note in ledger(tmp_path / "without", "restore")[len(restored)]["rows"]}
+    assert rows["data.exclude.domain"] == f"{len(bad)} rows stay excluded, 0 more from here on"
+    assert not {("domain", row) for row in bad} & {ref for step in seen(tmp_path / "without") for ref in step}
     expected = [ref for ref in plain if ref[0] == "domain" and ref[1] not in bad]
     assert [ref for ref in stepped if ref[0] == "domain"][: len(expected)] == expected
 

@@ -92,10 +92,11 @@ def test_a_set_that_is_added_later_gets_a_baseline_then(workers, jobsite, tmp_pa
 
 def test_a_dry_run_prints_the_plan_and_starts_nothing(jobsite, tmp_path):
     run = tmp_path / "run"
-    words = [f"run.dir={run}", "parallel.tp=2", "parallel.pp=2", "parallel.sp=true"]
+    words = [f"run.dir={run}", "parallel.tp=2", "parallel.pp=2", "parallel.sp=true", "restore.accept=[train.tokens]"]
     done = _cli("--config", jobsite.config, "--dry-run", "--world-size", "8", *words)
     assert done.returncode == 0, done.stderr
     assert "8: TP 2 x PP 2 x DP 2" in done.stdout and "nothing was started" in done.stdout
+    assert "'restore.accept=[train.tokens]'    # writes" in done.stdout  # a command to paste, brackets and all
     assert not run.exists()
     refused = _cli("--config", jobsite.config, "--dry-run", "--world-size", "6", *words)
     assert refused.returncode == 2 and "multiple of 4 processes" in refused.stderr

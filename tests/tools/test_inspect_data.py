@@ -69,5 +69,20 @@ def test_how_documents_fill_rows(site):
         assert f"next: open {name}" in drawn.stdout and (site / name).stat().st_size > 5000
     refused = run(site, "c", "--rows", "64", "--picture", "rows.gif")
     assert refused.returncode == 2 and "ends in .png or .svg" in refused.stderr
-    assert run(site, "c", "--rows", "0").returncode == 2
+    assert "documents a row" in refused.stdout  # the numbers are there all the same
+    assert "--rows = 0" in run(site, "c", "--rows", "0").stderr
     assert run(site).returncode == 2 and "name a corpus, or a run" in run(site).stderr
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["c", "--picture", "rows.png"], "--picture = 'rows.png': goes with --rows"),
+        (["c", "--packing", "concat"], "--packing = 'concat': goes with --rows"),
+        (["c", "--step", "1"], "--step = '1': goes with --run"),
+        (["--run", "r", "--rows", "8"], "--rows = '8': goes with PREFIX"),
+    ],
+)
+def test_no_option_is_passed_over(site, words, message):
+    done = run(site, *words)
+    assert done.returncode == 2 and message in done.stderr
