@@ -54,10 +54,10 @@ class Route(Protocol):
     """Texts to ids; special tokens are never added, and such strings in a text are text.
 
     Attributes:
-        cuts_at_line_ends: whether a text has the ids of its ``word_patterns.parts``, as far as is known.
+        cuts_before_blanks: whether a text has the ids of its ``word_patterns.parts``, as far as is known.
     """
 
-    cuts_at_line_ends: bool
+    cuts_before_blanks: bool
 
     def encode(self, texts: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
         """Ids of all texts one behind the other [sum of lengths], and lengths int64 [texts]."""
@@ -66,7 +66,7 @@ class Route(Protocol):
 class ReferenceRoute:
     """The tokenizer's own library: ``tokenizers`` or SentencePiece."""
 
-    cuts_at_line_ends = False
+    cuts_before_blanks = False
 
     def __init__(self, tokenizer: TextTokenizer):
         self.tokenizer = tokenizer
@@ -89,7 +89,7 @@ class GigatokenRoute:
             raise InputError("--encoder", "gigatoken", "is not installed; pip install gigatoken")
         spec = _spec(tokenizer)
         self._normalise = _Normaliser(tokenizer, spec)
-        self.cuts_at_line_ends = _cuts_at_line_ends(spec)
+        self.cuts_before_blanks = _cuts_before_blanks(spec)
         self._spec = _plain_hf(tokenizer, spec) if spec else _plain_sentencepiece(tokenizer.path)
         self._renew()
 
@@ -120,12 +120,12 @@ class GuardedRoute:
 
     Patterns ask whether a character is a letter or a digit, and each library answers by the Unicode tables it was built with.
     One document in 104,269 of source code and documentation differed for that (it listed letters of Unicode 17). Where the
-    tokenizer's pattern allows it, only the lines with such letters go by the reference, else their whole text.
+    tokenizer's pattern allows it, only the words with such letters go by the reference, else their whole text.
     """
 
     def __init__(self, route: Route, reference: Route):
         self.route, self.reference = route, reference
-        self.cuts_at_line_ends = route.cuts_at_line_ends
+        self.cuts_before_blanks = route.cuts_before_blanks
 
     def encode(self, texts: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
         """See Route."""
@@ -144,7 +144,7 @@ class GuardedRoute:
     def _pieces(self, text: str) -> list[tuple[str, bool]]:
         """A text with new letters as pieces, and whether the fast route is sure of each: long ones with few new letters
         should not wait for the reference."""
-        if not self.cuts_at_line_ends:
+        if not self.cuts_before_blanks:
             return [(text, False)]
         parts = word_patterns.parts(text)
         unsure = set(texts_with_new_letters(parts))
@@ -245,7 +245,7 @@ class TiktokenRoute:
         merged = vocabulary.keys() - {token["content"] for token in spec.get("added_tokens") or ()} - tokenizer.specials
         _check_merges(spec["model"]["merges"], vocabulary, merged)
         ranks = {b"".join(map(bytes_of.__getitem__, token)): vocabulary[token] for token in merged}
-        self._added, self.cuts_at_line_ends = set(wanted), _cuts_at_line_ends(spec)
+        self._added, self.cuts_before_blanks = set(wanted), _cuts_before_blanks(spec)
         self._encoder = tiktoken.Encoding("corpus", pat_str=pattern, mergeable_ranks=ranks, special_tokens=wanted)
 
     def encode(self, texts: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
@@ -258,10 +258,10 @@ class TiktokenRoute:
         return np.concatenate([np.empty(0, np.uint32), *encoded]), lengths
 
 
-def _cuts_at_line_ends(spec: dict) -> bool:
+def _cuts_before_blanks(spec: dict) -> bool:
     added = [token["content"] for token in spec.get("added_tokens") or ()]
     plain = spec.get("normalizer") in (None, NFC)
-    return plain and word_patterns.cuts_at_line_ends(_byte_level_pattern(spec), added)
+    return plain and word_patterns.cuts_before_blanks(_byte_level_pattern(spec), added)
 
 
 def _check_merges(merges: list, vocabulary: dict[str, int], merged: set[str]) -> None:

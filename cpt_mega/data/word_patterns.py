@@ -15,17 +15,17 @@ TEKKEN = (
     r"|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
 
-# None of them looks back, none has a match that goes on from an ASCII letter into a line end, and they look ahead behind
-# blanks alone: so a text that is cut there has the words of its parts.
-_CUT_AT_LINE_ENDS = {GPT2, LLAMA3, QWEN, TEKKEN}
-_LINE_END = re.compile(r"(?<=[A-Za-z])(?=\n)")
+# None of them looks back, none has a match that goes on from an ASCII letter or digit into a blank or a line end, and they look
+# ahead behind blanks alone: so a text that is cut there has the words of its parts.
+_CUT_BEFORE_BLANKS = {GPT2, LLAMA3, QWEN, TEKKEN}
+_BEFORE_A_BLANK = re.compile(r"(?<=[A-Za-z0-9])(?=[ \n])")
 
 
-def cuts_at_line_ends(pattern: str | None, added: Iterable[str]) -> bool:
+def cuts_before_blanks(pattern: str | None, added: Iterable[str]) -> bool:
     """Whether the ids of a text are those of its ``parts``, one behind the other; ``added`` tokens are found in texts."""
-    return pattern in _CUT_AT_LINE_ENDS and not any(map(_LINE_END.search, added))
+    return pattern in _CUT_BEFORE_BLANKS and not any(map(_BEFORE_A_BLANK.search, added))
 
 
 def parts(text: str) -> list[str]:
-    """A text, cut wherever a line ends with an ASCII letter; the next part begins with the line end."""
-    return _LINE_END.split(text)
+    """A text, cut before each blank or line end that follows an ASCII letter or digit; it begins the next part."""
+    return _BEFORE_A_BLANK.split(text)
