@@ -28,7 +28,7 @@ if str(ROOT) not in sys.path:
 
 SEED, VOCABULARY, SHARES = 7, 50_000, {"a": 0.8, "b": 0.2}
 COLD, WARM, CORE_COLD, CORE_WARM = "ours, first time", "ours, again", "core, first time", "core, again"
-OUR_ROWS, CORE_ROWS = "ours", "core"
+OUR_ROWS, CORE_ROWS, MASKED_ROWS = "ours", "core", "ours, corpora with a loss mask"
 TARGET_TOKENS_A_SECOND = 5_000_000
 
 
@@ -39,9 +39,7 @@ def main() -> int:
     parser.add_argument("--seq-length", type=int, default=4096, help="tokens of a row (default 4096)")
     parser.add_argument("--rows", type=int, default=20_000, help="rows that are read (default 20,000)")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write what was measured, with versions")
-    parser.add_argument(
-        "--one", choices=[COLD, WARM, CORE_COLD, CORE_WARM, OUR_ROWS, CORE_ROWS], help=argparse.SUPPRESS
-    )
+    parser.add_argument("--one", choices=list(CONTENDERS), help=argparse.SUPPRESS)
     parser.add_argument("--folder", type=Path, help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.one:
@@ -63,6 +61,9 @@ def main() -> int:
         for number, name in enumerate(SHARES):
             write_random(options.folder / name, 40_000, number)
         report["rows"] = {name: in_a_process(name, options) for name in (OUR_ROWS, CORE_ROWS)}
+        for number, name in enumerate(SHARES):
+            write_mask(options.folder / name, number)
+        report["rows"][MASKED_ROWS] = in_a_process(MASKED_ROWS, options)
         console.print(rows_table(report["rows"]))
     if options.json:
         options.json.write_text(json.dumps(report, indent=1) + "\n")
@@ -101,6 +102,14 @@ def write_random(prefix: Path, documents: int, seed: int) -> None:
     lengths, draw = simulated_lengths(documents, seed), np.random.default_rng(seed)
     with IndexedCorpusWriter(str(prefix), np.uint16) as writer:
         writer.add_many(draw.integers(1, VOCABULARY, int(lengths.sum())).astype(np.uint16), lengths.astype(np.int64))
+
+
+def write_mask(prefix: Path, seed: int) -> None:
+    """A loss mask that counts every other token or so."""
+    from cpt_mega.data.indexed import IndexedCorpus, mask_path
+
+    tokens = IndexedCorpus(prefix).tokens
+    mask_path(prefix).write_bytes(np.random.default_rng(seed).integers(0, 2, tokens, np.uint8).tobytes())
 
 
 def own_memory_gib() -> float:
@@ -200,6 +209,7 @@ CONTENDERS = {
     CORE_WARM: start_core,
     OUR_ROWS: read_ours,
     CORE_ROWS: read_core,
+    MASKED_ROWS: read_ours,
 }
 
 
