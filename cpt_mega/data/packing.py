@@ -185,11 +185,18 @@ def _statistics(
         tokens=tokens,
         padding=len(a_row) * seq_length - tokens,
         documents=len(document) - len(goes_on),
-        split_documents=int(np.count_nonzero(np.bincount(goes_on))),
+        split_documents=_distinct(goes_on),
         documents_a_row=len(document) / max(len(a_row), 1),
         documents_a_row_p99=_percentile(np.bincount(a_row), 0.99),
         most_documents=int(a_row.max(initial=0)),
     )
+
+
+def _distinct(numbers: np.ndarray) -> int:
+    """How many different ones there are, of numbers from 0."""
+    there = np.zeros(numbers.max(initial=-1) + 1, bool)
+    there[numbers] = True
+    return int(np.count_nonzero(there))
 
 
 def _percentile(counts: np.ndarray, share: float) -> int:
