@@ -1,10 +1,11 @@
 """Restore modes: what a run takes over from a checkpoint, decided before anything is loaded and printed as a contract.
 
-========  =====================================================================================================
-weights   a new run on old weights: fresh optimizer, fresh schedule with its re-warm, data from the start
-full      the same run goes on: weights, master weights, moments, step, tokens, schedule, data cursors, generators
-auto      full from the newest checkpoint of ``run.dir`` when there is one, else weights from ``model.checkpoint``
-========  =====================================================================================================
+===============  =====================================================================================================
+weights          a new run on old weights: fresh optimizer, fresh schedule with its re-warm, data from the start
+weights+moments  a new run that also takes over Adam's moments with their step count, and the master weights
+full             the same run goes on: weights, master weights, moments, step, tokens, schedule, data cursors, generators
+auto             full from the newest checkpoint of ``run.dir`` when there is one, else weights from ``model.checkpoint``
+===============  =====================================================================================================
 """
 
 import copy
@@ -22,6 +23,8 @@ from cpt_mega.engine.mesh import Mesh
 from cpt_mega.engine.step import Engine
 from cpt_mega.errors import CheckpointError, InputError
 from cpt_mega.hf.locate import locate_checkpoint
+
+WEIGHTS, MOMENTS, FULL, AUTO = "weights", "weights+moments", "full", "auto"
 
 # A full restore under another value of these is another run, so it must be asked for by name.
 _NEEDS_ACCEPTANCE = (
@@ -46,7 +49,7 @@ _NEVER = ("train.distributed_optimizer",)
 
 @dataclass(frozen=True)
 class Start:
-    """Where a run starts: ``mode`` is ``weights`` or ``full``, ``notes`` say what was passed over."""
+    """Where a run starts: ``mode`` is one of WEIGHTS, MOMENTS and FULL, ``notes`` say what was passed over."""
 
     mode: str
     folder: Path
@@ -55,7 +58,7 @@ class Start:
 
 @dataclass(frozen=True)
 class Restore:
-    """A decision. ``state`` is the checkpoint's own, None for weights.
+    """A decision. ``state`` is the checkpoint's own, None for a new run.
 
     ``rows``: the printed contract, ``(item, "restored" | "fresh" | "accepted" | "harmless", note)``.
     """
@@ -70,15 +73,16 @@ def find_start(config: Config, mesh: Mesh) -> Start:
     """Which checkpoint a run starts from; its files are all verified. A collective.
 
     Under ``auto`` and ``full`` the run's own newest comes first, and ``model.checkpoint`` is not looked at then.
-    Raises CheckpointError when what is needed is missing or damaged, or when ``weights`` meets a run that has begun.
+    Raises CheckpointError when what is needed is missing or damaged, or when a new run is asked for in a folder where one has
+    begun.
     """
     mode, run_dir = config.restore.mode, Path(config.run.dir)
     own, notes = newest_checkpoint(run_dir, mesh)
-    if mode == "weights" and own is not None:
+    if mode in (WEIGHTS, MOMENTS) and own is not None:
         fix = f"already holds {own.name}; continue it with restore.mode=auto, or give the new run another run.dir"
         raise CheckpointError("run.dir", str(run_dir), fix)
     if own is not None:
-        return Start("full", own, notes)
+        return Start(FULL, own, notes)
     if notes:
         fix = f"no checkpoint of this run can be used ({'; '.join(notes)}); remove the folder or name another run.dir"
         raise CheckpointError("run.dir", str(run_dir), fix)
@@ -86,7 +90,7 @@ def find_start(config: Config, mesh: Mesh) -> Start:
     problem = checkpoint_problem(start, mesh)
     if problem is not None:
         raise CheckpointError("model.checkpoint", str(start), f"{problem}; name another checkpoint or import again")
-    return Start("full" if mode == "full" else "weights", start, notes)
+    return Start(WEIGHTS if mode == AUTO else mode, start, notes)
 
 
 def plan_restore(config: Config, start: Start, lineage: dict, layout: dict[str, int]) -> Restore:
@@ -98,10 +102,12 @@ def plan_restore(config: Config, start: Start, lineage: dict, layout: dict[str, 
         lineage: this run's: ``tokenizer_digest``, ``packing_version``, ``corpora`` by source and ``eval`` by bucket.
         layout: the fields of ``engine.mesh.Layout`` of this run.
 
-    Raises CheckpointError when a full restore finds weights only, and InputError when a field or a corpus differs that a
-    full restore does not take over without ``restore.accept``.
+    Raises CheckpointError when optimizer state is wanted and not there, and InputError when a field or a corpus differs that
+    a full restore does not take over without ``restore.accept``.
     """
-    return _weights(start) if start.mode == "weights" else _full(config, start, lineage, layout)
+    if start.mode == FULL:
+        return _full(config, start, lineage, layout)
+    return _new_run(start) if start.mode == WEIGHTS else _new_run_with_moments(config, start)
 
 
 def apply_restore(restore: Restore, engine: Engine) -> None:
@@ -111,10 +117,10 @@ def apply_restore(restore: Restore, engine: Engine) -> None:
     if unexpected:
         fix = f"holds tensor {unexpected[0]}, which the model has not ({len(unexpected)} such)"
         raise CheckpointError("checkpoint", str(folder), fix)
-    if restore.start.mode == "full":
-        engine_state.load_everything(engine, folder, restore.same_layout)
-    else:
+    if restore.start.mode == WEIGHTS:
         engine_state.load_weights(engine, folder)
+    else:
+        engine_state.load_everything(engine, folder, restore.same_layout)
 
 
 def differing_fields(old: dict, new: dict, prefix: str = "") -> Iterator[tuple[str, Any, Any]]:
@@ -127,25 +133,47 @@ def differing_fields(old: dict, new: dict, prefix: str = "") -> Iterator[tuple[s
             yield f"{prefix}{name}", before, after
 
 
-def _weights(start: Start) -> Restore:
-    fresh = {
-        "master weights": "made from the weights",
-        "optimizer moments": "zero",
-        "step and tokens": "0",
-        "learning-rate schedule": "from its re-warm",
-        "data cursors": "from the first row",
-        "generators": "from train.seed",
-        "gate baseline": "taken at step 0",
-    }
+# What a new run begins with, whatever it takes over.
+_FRESH = {
+    "step and tokens": "0",
+    "learning-rate schedule": "from its re-warm",
+    "data cursors": "from the first row",
+    "generators": "from train.seed",
+    "gate baseline": "taken at step 0",
+}
+
+
+def _new_run(start: Start) -> Restore:
+    fresh = {"master weights": "made from the weights", "optimizer moments": "zero", **_FRESH}
     rows = [("weights", "restored", str(start.folder)), *((item, "fresh", note) for item, note in fresh.items())]
     return Restore(start, None, False, rows)
 
 
+def _new_run_with_moments(config: Config, start: Start) -> Restore:
+    state = read_state(start.folder)
+    _check_optimizer(config, start.folder)
+    differences = differing_fields(_completed(state.config), config.model_dump(mode="json"))
+    _refuse_never(list(differences))
+    steps = f"with their {state.step} steps, by which Adam corrects their bias"
+    rows = [
+        ("weights", "restored", str(start.folder)),
+        ("master weights", "restored", "bit for bit"),
+        ("optimizer moments", "restored", steps),
+        *((item, "fresh", note) for item, note in _FRESH.items()),
+    ]
+    return Restore(start, None, False, rows)
+
+
+def _check_optimizer(config: Config, folder: Path) -> None:
+    """Raises CheckpointError for a checkpoint without optimizer state."""
+    if not engine_state.has_optimizer(folder):
+        fix = f"{folder} holds no optimizer state; use restore.mode=weights"
+        raise CheckpointError("restore.mode", config.restore.mode, fix)
+
+
 def _full(config: Config, start: Start, lineage: dict, layout: dict[str, int]) -> Restore:
     state = read_state(start.folder)
-    if not engine_state.has_optimizer(start.folder):
-        fix = f"{start.folder} holds no optimizer state; use restore.mode=weights"
-        raise CheckpointError("restore.mode", "full", fix)
+    _check_optimizer(config, start.folder)
     differences = list(
         differing_fields(_comparable(_completed(state.config)), _comparable(config.model_dump(mode="json")))
     )
@@ -227,11 +255,16 @@ def _check_lineage(config: Config, before: dict, now: dict) -> None:
             raise InputError(f"eval.sets {bucket}", digest[:12], fix)
 
 
-def _check_accepted(config: Config, differences: list[tuple[str, Any, Any]]) -> None:
+def _refuse_never(differences: list[tuple[str, Any, Any]]) -> None:
     for name, before, after in differences:
         if name in _NEVER:
             fix = f"the checkpoint was trained with {before!r} and can only go on so; restore it, or start a new run"
             raise InputError(name, after, fix)
+
+
+def _check_accepted(config: Config, differences: list[tuple[str, Any, Any]]) -> None:
+    _refuse_never(differences)
+    for name, before, after in differences:
         if _matches(name, _NEEDS_ACCEPTANCE) and not _matches(name, config.restore.accept):
             fix = (
                 f"the checkpoint was trained with {_short(before)}; restore that value, accept the change with "

@@ -41,10 +41,10 @@ class TokenizerOptions(Section):
 
 
 class RestoreOptions(Section):
-    mode: Literal["weights", "full", "auto"] = Field(
+    mode: Literal["weights", "weights+moments", "full", "auto"] = Field(
         "auto",
-        description="weights: new run from model.checkpoint; full: continue exactly; "
-        "auto: continue run.dir when it holds a checkpoint, else weights",
+        description="weights: new run from model.checkpoint; weights+moments: with its Adam moments too; full: continue "
+        "exactly; auto: continue run.dir when it holds a checkpoint, else weights",
     )
     accept: tuple[str, ...] = Field(
         (), description="configuration keys that may differ from the checkpoint's on a full restore"

@@ -132,10 +132,10 @@ def _sharded_state(engine: Engine, is_loading: bool) -> dict:
 
 
 def _align_groups(loaded: object, current: list[dict]) -> None:
-    """Gives the stored parameter groups today's learning rates, in place, and one to each group of today.
+    """Gives the stored parameter groups today's settings, in place, and one to each group of today; their step count stays.
 
     Core tells groups apart by their rates among other things (0.19) or fails on their number, so a changed
-    ``optimizer.lr`` or a new ``core.decoupled_lr`` could not be resumed; the rates are set before each step anyway.
+    ``optimizer.lr`` or a new ``core.decoupled_lr`` could not be resumed, and changed betas would not take effect.
     """
     if isinstance(loaded, list | tuple):
         for item in loaded:
@@ -148,9 +148,9 @@ def _align_groups(loaded: object, current: list[dict]) -> None:
     stored = loaded.get("param_groups")
     if stored:
         by_decay = {group.get("wd_mult", group.get("pre_wd_mult")): group for group in stored}
-        rates = ("max_lr", "min_lr", "default_config", "is_decoupled_lr", "lr_mult")
+        settings = ("max_lr", "min_lr", "default_config", "is_decoupled_lr", "lr_mult", "betas", "eps")
         loaded["param_groups"] = [
-            {**by_decay[group["wd_mult"]], **{name: group[name] for name in rates if name in group}}
+            {**by_decay[group["wd_mult"]], **{name: group[name] for name in settings if name in group}}
             for group in current
         ]
 

@@ -6,6 +6,7 @@ import shutil
 
 import numpy as np
 import pytest
+import torch
 
 from cpt_mega.hf.convert import export_hf, import_hf
 from cpt_mega.lineage import COMPLETE, MANIFEST, file_digest, seal_folder
@@ -47,6 +48,53 @@ def test_weights_start_a_new_run_on_old_weights(workers, jobsite, stopped, tmp_p
     assert states[1]["parent"] == str(stopped / "checkpoints" / "iter_0000001")
     baseline = metrics(tmp_path / "new", "eval")[0]["value"]
     assert baseline != metrics(stopped, "eval")[0]["value"]  # taken on the restored model
+
+
+@pytest.mark.parametrize("world", [1, 2])
+def test_moments_come_along_into_a_new_run_with_their_step_count(workers, jobsite, stopped, tmp_path, world):
+    """A step on restored moments has the moments of a step on fresh ones, and the restored ones as far as Adam keeps them."""
+    folders = {}
+    for mode in ("weights", "weights+moments"):
+        run = tmp_path / mode
+        run.mkdir()
+        (run / "STOP").touch()
+        words = [f"run.dir={run}", f"model.checkpoint={stopped}", f"restore.mode={mode}"]
+        workers(world).run("train", config=jobsite.config, overrides=words)
+        folders[mode] = run / "checkpoints" / "iter_0000001"
+    fresh, warm = (checkpoint_tensors(folder) for folder in folders.values())
+    old = checkpoint_tensors(stopped / "checkpoints" / "iter_0000001")
+    for moment, decay in ((".exp_avg.", 0.9), (".exp_avg_sq.", 0.95)):
+        names = [name for name in old if moment in name]
+        assert names
+        for name in names:
+            expected = fresh[name] + decay * old[name]
+            assert (warm[name] - expected).abs().max() <= 1e-5 * expected.abs().max() + 1e-12, name
+    assert [group["step"] for group in _groups(folders["weights+moments"])] == [2, 2]
+    states = [json.loads((folder / "trainer_state.json").read_text()) for folder in folders.values()]
+    assert states[1]["step"] == 1 and states[1]["tokens"] == states[0]["tokens"]  # the schedule and the data begin anew
+    assert states[1]["lineage"]["restore"] == "weights+moments"
+
+
+def _groups(folder):
+    """The optimizer's parameter groups in a checkpoint."""
+    return torch.load(folder / "common.pt", weights_only=False)["optimizer"]["optimizer"]["param_groups"]
+
+
+def test_moments_are_refused_where_there_are_none_or_the_run_has_begun(workers, jobsite, stopped, tmp_path):
+    assert "holds weights only" in _refused(workers, jobsite, tmp_path / "run", "restore.mode=weights+moments")
+    assert "restore.mode=auto" in _refused(workers, jobsite, stopped, "restore.mode=weights+moments")
+    words = [f"model.checkpoint={stopped}", "restore.mode=weights+moments", "train.distributed_optimizer=false"]
+    assert "train.distributed_optimizer" in _refused(workers, jobsite, tmp_path / "run", *words)
+
+
+@pytest.mark.parametrize("mode", ["full", "weights+moments"])
+def test_settings_of_adam_are_those_of_the_configuration(workers, jobsite, stopped, tmp_path, mode):
+    changes = {"optimizer.beta1": 0.5, "optimizer.eps": 1e-4, "optimizer.weight_decay": 0.25}
+    words = [f"model.checkpoint={stopped}", f"restore.mode={mode}", f"restore.accept=[{', '.join(changes)}]"]
+    _train(workers, jobsite, tmp_path / "run", *words, *(f"{name}={value}" for name, value in changes.items()))
+    newest = max((tmp_path / "run" / "checkpoints").glob("iter_*"))
+    found = [(group["betas"], group["eps"], group["weight_decay"]) for group in _groups(newest)]
+    assert found == [((0.5, 0.95), 1e-4, 0.25), ((0.5, 0.95), 1e-4, 0.0)]
 
 
 def test_a_step_at_rate_zero_changes_no_weight(workers, jobsite, tmp_path):
