@@ -34,6 +34,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     earlier = _ended_before_restart(config)
     if earlier is not None:
         return earlier
+    new_run = config.restore.mode.startswith("weights")  # which is refused where the run has begun
+    options.overrides = [*options.overrides, *["restore.mode=auto"] * new_run]
     command = _same_command(config, options, int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
     return guarded(lambda: _train(config, command), config.run.dir)
 

@@ -75,7 +75,7 @@ def test_a_gate_stop_ends_with_80(jobsite, tmp_path):
 def test_a_signal_ends_with_75_and_the_same_command_goes_on(jobsite, tmp_path, number):
     """SIGTERM reaches the launcher alone; Ctrl-C reaches every process of the terminal's group."""
     run = tmp_path / "run"
-    words = ["train.tokens=100_000", "parallel.tp=2", "parallel.sp=true", "eval.sets=[]"]
+    words = ["train.tokens=100_000", "parallel.tp=2", "parallel.sp=true", "eval.sets=[]", "restore.mode=weights"]
     process = _start(jobsite, run, *words)
     _wait_for_steps(run, 2)
     if number == signal.SIGTERM:
