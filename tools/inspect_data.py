@@ -73,11 +73,12 @@ def main() -> None:
 
 def check_together(arguments: argparse.Namespace) -> None:
     """Raises InputError for an option that would be passed over without another."""
-    for name, needs in (("picture", "rows"), ("packing", "rows"), ("rows", "prefix"), ("step", "run")):
+    of_corpora = (("rows", "prefix"), ("verify", "prefix"), ("write_manifest", "prefix"))
+    for name, needs in (("picture", "rows"), ("packing", "rows"), ("step", "run"), *of_corpora):
         value = getattr(arguments, name)
-        if value is not None and getattr(arguments, needs) is None:
+        if value is not None and value is not False and getattr(arguments, needs) is None:
             fix = "goes with PREFIX" if needs == "prefix" else f"goes with --{needs}"
-            raise InputError(f"--{name}", str(value), fix)
+            raise InputError(f"--{name.replace('_', '-')}", str(value), fix)
 
 
 def document_number(word: str) -> int:

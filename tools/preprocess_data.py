@@ -8,10 +8,10 @@ import signal
 import sys
 from pathlib import Path
 
-if __name__ == "__main__" and sys.platform == "linux" and "GLIBC_TUNABLES" not in os.environ:
+if __name__ == "__main__" and sys.platform == "linux" and not {"GLIBC_TUNABLES", "CPT_MEGA_AGAIN"} & os.environ.keys():
     # Memory in huge pages: a twentieth less time, as the kernel has a third of the pages to find. The C library asks for this
     # at the start of a process alone, so this one starts once more, as itself.
-    os.environ["GLIBC_TUNABLES"] = "glibc.malloc.hugetlb=1"
+    os.environ |= {"GLIBC_TUNABLES": "glibc.malloc.hugetlb=1", "CPT_MEGA_AGAIN": "1"}
     os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:]])
 
 try:

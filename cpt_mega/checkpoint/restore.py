@@ -24,6 +24,7 @@ from cpt_mega.engine.step import Engine
 from cpt_mega.errors import CheckpointError, InputError
 from cpt_mega.hf.locate import locate_checkpoint
 
+_EXCLUDE = "data.exclude."
 WEIGHTS, MOMENTS, FULL, AUTO = "weights", "weights+moments", "full", "auto"
 
 # A full restore under another value of these is another run, so it must be asked for by name.
@@ -196,6 +197,8 @@ def _full(config: Config, start: Start, lineage: dict, layout: dict[str, int]) -
         rows.append(("FP8 scales", "fresh", "delayed scaling measures them again in its first steps"))
     for name, before, after in differences:
         what = "accepted" if _matches(name, _NEEDS_ACCEPTANCE) else _unasked(name)
+        if name.startswith(_EXCLUDE):  # what is excluded once stays so, whatever a configuration says later
+            before = state.stream.get("excluded", {}).get(name.removeprefix(_EXCLUDE))
         rows.append((name, what, _change(name, before, after)))
     return Restore(start, state, same, rows)
 
@@ -278,7 +281,7 @@ def _unasked(name: str) -> str:
 
 
 def _change(name: str, before: Any, after: Any) -> str:
-    if not name.startswith("data.exclude."):
+    if not name.startswith(_EXCLUDE):
         return f"{_short(before)} is now {_short(after)}"
     more = set(after or ()) - set(before or ())
     return f"{len(before or ())} rows stay excluded, {len(more)} more from here on"

@@ -42,6 +42,7 @@ class TrainerState:
         stream: the data state, as ``StreamState.to_json`` gives it.
         baseline: step-0 readings of the gates, ``{bucket: perplexity}``.
         source_losses: training losses by source since the last decision on weights: ``{name: [sum, steps]}``.
+        judged_step: the last step at which the gates judged.
         gate_stop: why a gate stopped the run here; empty otherwise. A later start judges again before it goes on.
         layout: the fields of the ``engine.mesh.Layout`` it was saved at.
         config: the resolved configuration it was saved under.
@@ -55,6 +56,7 @@ class TrainerState:
     stream: dict = field(default_factory=dict)
     baseline: dict = field(default_factory=dict)
     source_losses: dict = field(default_factory=dict)
+    judged_step: int | None = None
     gate_stop: str = ""
     layout: dict = field(default_factory=dict)
     config: dict = field(default_factory=dict)

@@ -111,9 +111,11 @@ class MixedStream:
         return dict(zip(mixture.names, mixture.shares(self._total), strict=True))
 
     def asked_shares(self, tokens: int) -> dict[str, float]:
-        """What share of the tokens the configuration asks for at a place of the run."""
+        """What share of the tokens the configuration asks for at a place of the run, of sources that have not been read out."""
         mixture = self._state.configured
-        return dict(zip(mixture.names, mixture.shares(tokens), strict=True))
+        shares = dict(zip(mixture.names, mixture.shares(tokens), strict=True))
+        left = {name: share for name, share in shares.items() if share and name not in self._state.dropped}
+        return {name: share / sum(left.values()) for name, share in left.items()}
 
     @property
     def epochs(self) -> dict[str, float]:
@@ -177,12 +179,13 @@ class MixedStream:
         """Lets other shares take effect, from the next row on until they are changed again; weights in any unit.
 
         For decisions during a run, which are part of the state from then on. A configuration that asks for another mixture
-        than before takes its place. Raises InputError for names that are not the sources' or weights that are no shares.
+        than before takes its place. Sources that have been read out stay out. Raises InputError for names that are not the
+        sources', weights that are no shares, and when no source is left.
         """
         if set(weights) != set(self._index):
             odd = sorted(set(weights) ^ set(self._index))[0]
             raise InputError("weights", odd, f"give a weight to each of {', '.join(self._index)}, and to no other")
-        left = {name: weight for name, weight in weights.items() if weight != 0}
+        left = {name: weight for name, weight in weights.items() if weight != 0 and name not in self._state.dropped}
         self._state.enter(Mixture.fixed(left, "weights"), self.seq_length)
         self._begin()
 
@@ -250,7 +253,7 @@ class MixedStream:
             tokens = 0 if action in (MASK, SKIP) else counted_tokens(source.corpus, source.plan, ref.row)
             self._check_barren(source, tokens)
             drawn.take(tokens)
-            if action != SKIP:
+            if tokens or action == MASK:  # a row of which nothing counts would be computed for nothing
                 break
         self._total += tokens
         self._windows[number] = self._window(number)
@@ -272,9 +275,8 @@ class MixedStream:
     def _check_barren(self, source: Source, tokens: int) -> None:
         """A source of which nothing counts would be due for ever, and its run would never end."""
         self._barren[source.name] = 0 if tokens else self._barren[source.name] + 1
-        if (
-            self._barren[source.name] > 2 * source.plan.rows
-        ):  # the one that counts may come first and last in two epochs
+        # twice: in two epochs the one row that counts may be the first and the last
+        if self._barren[source.name] > 2 * source.plan.rows:
             fix = "nothing of this source counts for the loss: look at its loss mask and at data.row_checks, or leave it out"
             raise InputError(f"rows one behind the other of source {source.name}", self._barren[source.name], fix)
 

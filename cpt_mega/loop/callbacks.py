@@ -52,11 +52,13 @@ class Logging(NullCallback):
             return
         self._since.append(report)
         self.folder.metric(self._metric(trainer, report))
-        is_last = trainer.ends_here and report.step == trainer.state.step
+        is_last = trainer.ends_here and report.step == trainer.state.step  # before what is said of the end
         if report.step % trainer.config.logging.interval_steps == 0 or is_last:
             self._say(trainer, report)
 
     def on_end(self, trainer: Trainer) -> None:
+        if self._since:  # of steps since the last interval
+            self._say(trainer, self._since[-1])
         for reporter in self.reporters:
             reporter.close()
 
@@ -127,7 +129,6 @@ class Evaluation(NullCallback):
 
     def __init__(self, sets: Sequence[HeldOut], folder: RunFolder, reporters: Sequence[Reporter], console):
         self.sets, self.folder, self.reporters, self.console = sets, folder, reporters, console
-        self._judged: int | None = None
 
     def on_start(self, trainer: Trainer) -> None:
         """Takes the baseline of every bucket that has none: all at step 0, new ones when ``eval.sets`` was changed later."""
@@ -145,14 +146,14 @@ class Evaluation(NullCallback):
     def on_boundary(self, trainer: Trainer, tokens: int) -> None:
         now = trainer.state.tokens
         due = crossed(now - tokens, now, trainer.config.eval.interval_tokens) or trainer.ends_here
-        if due and self._judged != trainer.state.step:
+        if due and trainer.state.judged_step != trainer.state.step:
             self._judge(trainer)
 
     def _judge(self, trainer: Trainer) -> None:
         if not self.sets:
             return
         trainer.settle()
-        self._judged = trainer.state.step
+        trainer.state.judged_step = trainer.state.step
         verdict = self._verdict(trainer, by_bucket(self._look(trainer)))
         if verdict is None:
             return

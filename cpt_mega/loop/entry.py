@@ -10,7 +10,7 @@ from pathlib import Path
 
 from cpt_mega.errors import CptMegaError, ExitCode, InputError
 from cpt_mega.loop.noise import quieten
-from cpt_mega.loop.run_folder import RunFolder, ended_since, read_status, written_since
+from cpt_mega.loop.run_folder import RunFolder, ended_since, opened_here, read_status
 
 _STARTED = time.time()
 _AFTER_MAIN_S = 0.5
@@ -43,8 +43,8 @@ def _record(run_dir: str | None, state: str, reason: str, code: ExitCode) -> int
     if run_dir is not None:
         folder = Path(run_dir)
         before = read_status(folder) or {}
-        # an error in the configuration says nothing of a run that stood in the folder before
-        mistaken = state == "config_error" and bool(before) and not written_since(folder, _STARTED)
+        # an error in the configuration says nothing of a run that stands in the folder, unless it is this very one
+        mistaken = state == "config_error" and bool(before) and not opened_here(folder)
         if not mistaken and not ended_since(folder, _STARTED):
             keep = (
                 before.get("step", 0),

@@ -119,20 +119,37 @@ def mean_shares(config: Config, sources: Sequence[Source]) -> list[float]:
 
 def expected_passes(config: Config, sources: Sequence[Source]) -> list[float]:
     """How often the run would read each source to its last token, by what counts in the rows that are not excluded."""
-    passes = []
-    for share, source in zip(mean_shares(config, sources), sources, strict=True):
-        left = 1 - len(config.data.exclude.get(source.name, ())) / source.plan.rows
-        passes.append(share * config.train.tokens / (source.counted_tokens * max(left, 1 / source.plan.rows)))
-    return passes
+    shares = zip(mean_shares(config, sources), sources, strict=True)
+    return [share * config.train.tokens / _tokens_of_a_pass(config, source) for share, source in shares]
 
 
 def expected_rows(config: Config, sources: Sequence[Source]) -> float:
     """Rows that the run takes to its last token, or to the end of the data if that comes first."""
     passes, most = expected_passes(config, sources), config.data.max_epochs
-    stops = most is not None and config.data.at_max_epochs == STOP
-    done = min([1.0, *(most / times for times in passes if times)]) if stops else 1.0
-    rows = (s.plan.rows - len(config.data.exclude.get(s.name, ())) for s in sources)
-    return done * sum(times * count for times, count in zip(passes, rows, strict=True))
+    if most is not None and config.data.at_max_epochs == STOP:
+        done = min([1.0, *(most / times for times in passes if times)])
+        passes = [done * times for times in passes]
+    elif most is not None:
+        passes = _within(passes, most, [_tokens_of_a_pass(config, source) for source in sources])
+    return sum(times * _rows_left(config, source) for times, source in zip(passes, sources, strict=True))
+
+
+def _rows_left(config: Config, source: Source) -> int:
+    """Rows that are not excluded; at least one, as no source may lose all."""
+    return max(1, source.plan.rows - len(set(config.data.exclude.get(source.name, ()))))
+
+
+def _tokens_of_a_pass(config: Config, source: Source) -> float:
+    return source.counted_tokens * _rows_left(config, source) / source.plan.rows
+
+
+def _within(passes: list[float], most: float, tokens: list[float]) -> list[float]:
+    """No source more often than ``most``, what it leaves to the others in their proportions; ``tokens`` are those of a pass."""
+    for _ in passes:
+        left = sum((times - most) * size for times, size in zip(passes, tokens, strict=True) if times > most)
+        room = sum(times * size for times, size in zip(passes, tokens, strict=True) if times < most)
+        passes = [most if times >= most else times * (1 + left / room) for times in passes]
+    return [min(times, most) for times in passes]
 
 
 def _tokenizer(config: Config, info: ModelInfo) -> str:

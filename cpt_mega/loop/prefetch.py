@@ -84,6 +84,8 @@ class Prefetcher:
 
     def __exit__(self, *error) -> None:
         self._thread.shutdown(wait=True, cancel_futures=True)
+        if not self._ahead.cancelled() and (left := self._ahead.exception()):
+            left.with_traceback(None)  # its frames would keep this, and with it the engine
 
     def _draw(self) -> DrawnBatch:
         dropped, tokens = self._stream.dropped, self._stream.tokens

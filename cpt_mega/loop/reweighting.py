@@ -30,6 +30,7 @@ class AdaptiveWeights(NullCallback):
         losses = {name: total / steps for name, (total, steps) in trainer.state.source_losses.items()}
         trainer.state.source_losses = {}
         asked = trainer.stream.asked_shares(now)
-        roles = {source.name: source.role for source in trainer.stream.sources}
-        weights = adapted_weights(asked, roles, losses, options.strength, options.bound)
+        roles = {source.name: source.role for source in trainer.stream.sources if source.name in asked}
+        none = dict.fromkeys((source.name for source in trainer.stream.sources if source.name not in asked), 0.0)
+        weights = none | adapted_weights(asked, roles, losses, options.strength, options.bound)
         trainer.reweight(trainer.engine.mesh.share(weights), {"by": "data.adaptive", "losses": losses})

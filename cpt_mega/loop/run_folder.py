@@ -30,6 +30,9 @@ STATE_CODES = {
 }
 
 
+_OPENED: set[Path] = set()  # by this process
+
+
 class RunFolder:
     """Files of one run. ``writes`` is false on every process but the main one, where all calls do nothing."""
 
@@ -69,6 +72,7 @@ class RunFolder:
 
         The folder must have been claimed.
         """
+        _OPENED.add(self.path.absolute())
         if not self.writes:
             return
         (self.path / "config.yaml").write_text(config_yaml)
@@ -138,15 +142,14 @@ def read_status(run_dir: str | Path) -> dict | None:
 def ended_since(run_dir: str | Path, moment: float) -> bool:
     """Whether some process has recorded an end of the run after ``moment`` (seconds since the epoch)."""
     status = read_status(run_dir)
-    return status is not None and status.get("state") != "running" and written_since(run_dir, moment)
-
-
-def written_since(run_dir: str | Path, moment: float) -> bool:
-    """Whether ``status.json`` of a run folder was written after ``moment`` (seconds since the epoch)."""
-    try:
-        return (Path(run_dir) / STATUS).stat().st_mtime >= moment
-    except OSError:
+    if status is None or status.get("state") == "running":
         return False
+    return (Path(run_dir) / STATUS).stat().st_mtime >= moment
+
+
+def opened_here(run_dir: str | Path) -> bool:
+    """Whether this process has opened a run folder, to write in it or beside the one that does."""
+    return Path(run_dir).absolute() in _OPENED
 
 
 def read_lines(path: Path) -> list[dict]:

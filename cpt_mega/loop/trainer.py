@@ -183,7 +183,7 @@ class Trainer:
         return math.ceil(max(0, self.config.train.tokens - tokens) / per_step)
 
     def _train(self, batches: Prefetcher) -> None:
-        self._batches, began = batches, self.state.step
+        self._batches = batches
         try:
             while self.outcome is None and not self.ends_here:
                 try:
@@ -191,8 +191,7 @@ class Trainer:
                 except EndOfData as end:
                     # the thread's result keeps the error, whose traceback would keep this frame, and with it the model
                     self._data_ended = str(end.with_traceback(None))
-                    if self.state.step > began:  # what is done at the end of a run has not been done here
-                        self._at_boundary(0)
+                    self._at_boundary(0)
                     break
                 self.settle()  # the step before, while this one is under way
                 self._unsettled = launched

@@ -102,8 +102,12 @@ def test_one_token_that_counts_is_enough(tmp_path):
     source = make_source(masked_corpus(tmp_path / "m", [S] * 9, [1] + [0] * (9 * S - 1)), "m", 1, S)
     for seed in range(20):
         stream = MixedStream([source], S, seed)
-        stream.next_batch(9 * 20)
+        assert len({ref.row for ref in stream.next_batch(20)}) == 1  # the others would be computed for nothing
         assert stream.tokens == 20
+        state = stream.state
+        for _ in range(20):
+            stream.next_batch(1)
+            stream.go_on_from(state)
 
 
 def test_shares_stay_within_one_row_with_many_sources(tmp_path):
@@ -302,6 +306,25 @@ def test_a_share_may_be_taken_away_altogether(sources):
         with pytest.raises(InputError, match=message):
             stream.reweight(weights)
     assert stream.shares == {"a": 1.0}
+
+
+def test_what_is_decided_brings_no_source_back_that_was_read_out(sources):
+    def opened(most, state=None):
+        return MixedStream(sources[:3], S, 0, state, repetition=Repetition(most, "drop"))
+
+    stream = opened(1)
+    while not stream.dropped:
+        stream.next_batch(1)
+    (gone,) = stream.dropped
+    left = [name for name in "abc" if name != gone]
+    assert stream.asked_shares(stream.tokens).keys() == set(left)
+    stream.reweight({"a": 0.4, "b": 0.3, "c": 0.3})
+    assert stream.shares.keys() == set(left) and stream.dropped == (gone,)
+    stream.next_batch(3)
+    assert stream.dropped[0] == gone and len(set(stream.dropped)) == len(stream.dropped)
+    assert gone in opened(5, stream.state).shares  # it may be read more often now
+    with pytest.raises(InputError, match="no source has a share"):
+        stream.reweight({name: float(name == gone) for name in "abc"})
 
 
 def test_going_back_draws_the_same_again(sources):

@@ -96,7 +96,14 @@ def test_the_end_of_the_data_is_judged_as_the_end_of_the_budget_is(workers, jobs
     assert workers(1).run("train", config=jobsite.config, overrides=[*words, gate])[0][0] == "finished"
     assert len(ledger(tmp_path / "run", "verdict")) == 1
     strict = [f"run.dir={tmp_path / 'strict'}", *words[1:], "optimizer.lr=1.0", "gates.general_perplexity_limit=0.01"]
+    (tmp_path / "strict").mkdir()
+    for _ in range(last):  # stopped at every step, the last one too, before it could know that it was the last
+        (tmp_path / "strict" / "STOP").touch()
+        assert workers(1).run("train", config=jobsite.config, overrides=strict)[0][0] == "preempted"
     assert workers(1).run("train", config=jobsite.config, overrides=strict)[0][0] == "gate_stop"
+    often = [f"run.dir={tmp_path / 'often'}", *words[1:], gate, "eval.interval_tokens=1"]
+    workers(1).run("train", config=jobsite.config, overrides=often)
+    assert [line["step"] for line in ledger(tmp_path / "often", "verdict")] == list(range(1, last + 1))
 
 
 @pytest.mark.parametrize("world", [1, 2])
@@ -143,6 +150,32 @@ def test_every_step_can_be_told_as_it_was(workers, jobsite, tmp_path):
         assert piece in replay.rows_of(step)[place].pieces
 
 
+def assert_tokens_are_those_of_the_metrics(run):
+    """Of each step's rows as they are told: what the run itself counted when it drew them."""
+    replay, before = Replay(run), {}
+    for line in metrics(run, "train"):
+        gained = {name: tokens - before.get(name, 0) for name, tokens in line["tokens_by_source"].items()}
+        told = dict.fromkeys(gained, 0)
+        for row in replay.rows_of(line["step"]):
+            told[row.source] += sum(piece.length for piece in row.pieces)
+        assert told == gained, line["step"]
+        before = line["tokens_by_source"]
+
+
+@pytest.mark.parametrize("world", [1, 2])
+def test_decisions_after_a_source_was_read_out_are_told_too(workers, jobsite, tmp_path, two_domains, world):
+    """Those of the losses give it no share again."""
+    limits = ("data.max_epochs=0.6", "data.at_max_epochs=drop", "train.tokens=4000")
+    run_of(workers, jobsite, tmp_path / "run", two_domains, *ADAPTIVE, *limits, world=world)
+    lines = ledger(tmp_path / "run", "weights")
+    dropped = [line["dropped"] for line in lines if "dropped" in line]
+    assert dropped and len(set(dropped)) == len(dropped)
+    later = lines[[line.get("dropped") for line in lines].index(dropped[0]) + 1 :]
+    assert any("weights" in line for line in later)
+    assert all(line["weights"][dropped[0]] == 0 for line in later if "weights" in line)
+    assert_tokens_are_those_of_the_metrics(tmp_path / "run")
+
+
 def test_what_was_seen_is_told_the_same_from_the_ledger_alone(workers, jobsite, tmp_path):
     """The lines of the metrics only make it quick; also where a source was read out, stopped and went on."""
     run, overrides = tmp_path / "run", ("data.max_epochs=1.2", "data.at_max_epochs=drop", "train.tokens=4000")
@@ -160,6 +193,7 @@ def test_what_was_seen_is_told_the_same_from_the_ledger_alone(workers, jobsite, 
 
     quick = told()
     assert quick[1] == metrics(run, "train")[-1]["step"] and sum(map(len, quick[2])) > 6
+    assert_tokens_are_those_of_the_metrics(run)
     (run / "metrics.jsonl").unlink()
     assert told() == quick
 
@@ -204,7 +238,8 @@ def test_excluded_rows_are_not_seen_and_the_others_stay_in_order(workers, jobsit
     stepped = [ref for step in seen(tmp_path / "without") for ref in step]
     assert bad and not {("domain", row) for row in bad} & set(stepped)
     restored = ledger(tmp_path / "without", "restore")
-    run_of(workers, jobsite, tmp_path / "without", "train.tokens=1200", "restore.accept=[train.tokens]")
+    more = ("train.tokens=1200", "restore.accept=[train.tokens]")
+    run_of(workers, jobsite, tmp_path / "without", *more)
     rows = {item: note for item, _, note in ledger(tmp_path / "without", "restore")[len(restored)]["rows"]}
     assert rows["data.exclude.domain"] == f"{len(bad)} rows stay excluded, 0 more from here on"
     assert not {("domain", row) for row in bad} & {ref for step in seen(tmp_path / "without") for ref in step}

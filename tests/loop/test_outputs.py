@@ -1,9 +1,12 @@
 """What a run leaves: metrics, reporters under the field's names, and the plan of a dry run."""
 
+import fcntl
 import json
 import os
+import re
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -100,6 +103,43 @@ def test_a_dry_run_prints_the_plan_and_starts_nothing(jobsite, tmp_path):
     assert not run.exists()
     refused = _cli("--config", jobsite.config, "--dry-run", "--world-size", "6", *words)
     assert refused.returncode == 2 and "multiple of 4 processes" in refused.stderr
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        [],
+        ["data.max_epochs=0.1"],
+        ["data.max_epochs=0.1", "data.at_max_epochs=drop"],
+        ["data.exclude={domain: [0, 1, 1, 1, 1]}"],
+    ],
+    ids=lambda words: " ".join(words) or "plain",
+)
+def test_a_dry_run_counts_the_steps_that_the_run_takes(workers, jobsite, tmp_path, words):
+    done = _cli("--config", jobsite.config, "--dry-run", *words)
+    said = int(re.search(r"about ([0-9,]+) of 8 rows", done.stdout)[1])
+    overrides = [f"run.dir={tmp_path / 'run'}", "eval.sets=[]", *words]
+    workers(1).run("train", config=jobsite.config, overrides=overrides)
+    assert abs(said - status(tmp_path / "run")["step"]) <= 1
+
+
+def test_a_launch_that_is_refused_leaves_the_status_of_the_run_that_goes_on(jobsite, tmp_path):
+    run = tmp_path / "run"
+    run.mkdir()
+    (run / "status.json").write_text('{"state": "running", "step": 3}')
+    with open(run / ".lock", "a") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        process = subprocess.Popen(
+            [sys.executable, "-m", "cpt_mega.train", "--config", jobsite.config, f"run.dir={run}"],
+            cwd=ROOT,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        while process.poll() is None:  # as a run does that goes on
+            (run / "status.json").touch()
+            time.sleep(0.05)
+    assert process.returncode == 2 and "another run is writing here" in process.stderr.read()
+    assert json.loads((run / "status.json").read_text()) == {"state": "running", "step": 3}
 
 
 def test_the_printed_configuration_is_complete(jobsite):

@@ -81,6 +81,7 @@ def test_how_documents_fill_rows(site):
         (["c", "--packing", "concat"], "--packing = 'concat': goes with --rows"),
         (["c", "--step", "1"], "--step = '1': goes with --run"),
         (["--run", "r", "--rows", "8"], "--rows = '8': goes with PREFIX"),
+        (["--run", "r", "--step", "2", "--verify"], "--verify = 'True': goes with PREFIX"),
     ],
 )
 def test_no_option_is_passed_over(site, words, message):
