@@ -148,7 +148,8 @@ def _within(passes: list[float], most: float, tokens: list[float]) -> list[float
     for _ in passes:
         left = sum((times - most) * size for times, size in zip(passes, tokens, strict=True) if times > most)
         room = sum(times * size for times, size in zip(passes, tokens, strict=True) if times < most)
-        passes = [most if times >= most else times * (1 + left / room) for times in passes]
+        more = 1 + left / room if room else 1.0
+        passes = [most if times >= most else times * more for times in passes]
     return [min(times, most) for times in passes]
 
 

@@ -111,6 +111,11 @@ def test_a_dry_run_prints_the_plan_and_starts_nothing(jobsite, tmp_path):
         [],
         ["data.max_epochs=0.1"],
         ["data.max_epochs=0.1", "data.at_max_epochs=drop"],
+        [
+            "data.max_epochs=0.1",
+            "data.at_max_epochs=drop",
+            "data.curriculum=[{tokens: 9000, weights: {domain: 1}}, {tokens: 9999, weights: {domain: 1, replay: 1}}]",
+        ],
         ["data.exclude={domain: [0, 1, 1, 1, 1]}"],
     ],
     ids=lambda words: " ".join(words) or "plain",
