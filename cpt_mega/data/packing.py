@@ -16,7 +16,7 @@ from cpt_mega.data.best_fit import best_fit_rows, stable_order
 from cpt_mega.data.spreading import spread_small
 from cpt_mega.errors import InputError
 
-PACKING_VERSION = 1  # another one where the same lengths give another plan
+PACKING_VERSION = 2  # another one where the same lengths give another plan
 MOST_ROW_TOKENS = 1 << 30
 BEST_FIT, CONCAT = "best_fit", "concat"
 TOKENS_A_DOCUMENT = 128  # a row of so many times n tokens holds at most n documents, where their lengths allow it

@@ -3,7 +3,8 @@
 Best-fit-decreasing places the smallest documents last, when all other rows are full: they end in rows of their own, of
 hundreds of documents each. Such rows are taken apart, together with others that hold few documents, and packed anew so
 that each gets some of the small ones: large documents by best fit into rows that keep room for them, then the small ones
-in turn, the largest to the rows with most room, and the last few of each row by best fit, which fills it.
+in turn, the largest to the rows with most room, and the last few of each row by best fit, which fills it. What is too much
+in a row even then gets rows of its own, where these are few enough.
 """
 
 import numpy as np
@@ -33,7 +34,7 @@ def spread_small(sizes: np.ndarray, rows: np.ndarray, seq_length: int, most: int
     plan = _Rows(sizes, rows, seq_length)
     least_fill = min(FILL, plan.fill)
     most = max(most, -(-len(sizes) // max(plan.used, 1)))
-    failures = 0
+    limit, failures = most, 0
     for _ in range(ATTEMPTS):
         if not (plan.documents > most).any():
             break
@@ -43,6 +44,8 @@ def spread_small(sizes: np.ndarray, rows: np.ndarray, seq_length: int, most: int
             failures += 1
         else:
             most, failures = int(most * MORE) + 1, 0
+    # where best fit fills less than that, a row in a thousand more is no loss either
+    plan.open_rows_for_the_rest(limit, least_fill if least_fill == FILL else least_fill * FILL)
     return plan.numbered()
 
 
@@ -108,6 +111,23 @@ class _Rows:
         count = int(min(len(others), max(np.ceil(too_many / few), LAST) * 2**failures))
         # from all over the others, so that lengths are as mixed as in the whole
         return np.concatenate([over, others[(np.arange(count) * len(others) + failures) // count % len(others)]])
+
+    def open_rows_for_the_rest(self, most: int, least_fill: float) -> None:
+        """Moves what is too much in a row, the smallest, into rows of their own, as far as the fill allows.
+
+        A document that ``most`` others of its row are larger than is less than that part of a row: so many fit into one.
+        """
+        over = np.zeros(len(self.documents), bool)
+        over[self.documents > most] = True
+        items = np.flatnonzero(over[self.rows])
+        items = items[stable_order(self.rows[items])]
+        rank = np.arange(len(items)) - np.searchsorted(self.rows[items], self.rows[items])
+        moved = items[rank >= most][stable_order(rank.max(initial=0) - rank[rank >= most])]  # from the worst rows first
+        allowed = int(self.tokens / (least_fill * self.seq_length)) - self.used
+        moved = moved[: max(0, allowed) * most]
+        if moved.size:
+            self.rows[moved] = len(self.documents) + np.arange(len(moved)) // most
+            self.documents = np.bincount(self.rows)
 
 
 def _excess(documents: np.ndarray, most: int) -> int:
