@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 
+from cpt_mega.data.packing import PACKING_VERSION
 from cpt_mega.hf.convert import export_hf, import_hf
 from cpt_mega.lineage import COMPLETE, MANIFEST, file_digest, seal_folder
 from tests.helpers.jobsite import checkpoint_tensors, metrics, random_documents, write_documents
@@ -167,7 +168,7 @@ def test_rows_that_were_packed_by_other_code_are_refused_unless_accepted(workers
     assert "of older code" in (refusal := _refused(workers, jobsite, tmp_path / "run", *accepting))
     assert "restore.mode=weights" in refusal
     written_by(0)
-    assert "data.packing = 'version 1'" in _refused(workers, jobsite, tmp_path / "run", *words)
+    assert f"data.packing = 'version {PACKING_VERSION}'" in _refused(workers, jobsite, tmp_path / "run", *words)
     assert _train(workers, jobsite, tmp_path / "run", *accepting)[0] == "finished"
 
 
