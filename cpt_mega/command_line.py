@@ -57,12 +57,11 @@ def print_table(title: str, rows: Mapping[str, object], next_command: str) -> No
     print(f"next: {next_command}")
 
 
-def run_tool(main: Callable[[], None], interrupted: str = "interrupted: nothing was written") -> int:
-    """Runs a tool's body: 0, or an error's own exit code after one line on standard error, or 130 after Ctrl-C, which
-    ``interrupted`` explains."""
+def run_tool(main: Callable[[], int | None], interrupted: str = "interrupted: nothing was written") -> int:
+    """Runs a tool's body: what it returns (nothing is 0), or an error's own exit code after one line on standard error, or 130
+    after Ctrl-C, which ``interrupted`` explains."""
     try:
-        main()
-        return 0
+        return main() or 0
     except CptMegaError as error:
         print(f"error: {' '.join(str(error).splitlines())}", file=sys.stderr)
         return int(error.exit_code)

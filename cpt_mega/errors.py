@@ -47,3 +47,15 @@ class CheckpointError(InputError):
 
 class FaultError(CptMegaError):
     """The run cannot go on (non-finite loss, a rank that differs): the last checkpoint is intact."""
+
+
+class FolderLost(FaultError):
+    """The run folder is another run's by now: this one writes nothing more there, not even that it has ended.
+
+    Args:
+        folder: the run folder.
+        how: who has it, as a part of a sentence.
+    """
+
+    def __init__(self, folder: object, how: str):
+        super().__init__(f"the run folder {folder} is no longer this run's: {how}; this run saved nothing more there")

@@ -5,6 +5,7 @@ written last. A folder without ``COMPLETE`` does not exist for any reader of thi
 """
 
 import contextlib
+import errno
 import hashlib
 import json
 import os
@@ -58,6 +59,27 @@ def write_json(path: str | os.PathLike, value: object) -> None:
     os.replace(stream.name, path)
 
 
+def is_local_name(name: object) -> bool:
+    """Whether a name that a file gives for another means a file in or below its own folder, links aside."""
+    if not isinstance(name, str) or not name or "\\" in name or "\0" in name:
+        return False
+    parts = name.split("/")  # a leading slash gives an empty one
+    return not {"", ".", ".."} & set(parts)
+
+
+def is_inside(folder: str | os.PathLike, name: object) -> bool:
+    """``is_local_name``, and no link on the way leads out of the folder."""
+    return is_local_name(name) and (Path(folder) / name).resolve().is_relative_to(Path(folder).resolve())
+
+
+def read_json(path: str | os.PathLike) -> object:
+    """What a JSON file holds. Raises OSError and ValueError, the latter also for values nested without end."""
+    try:
+        return json.loads(Path(path).read_text(encoding="utf-8"))
+    except RecursionError as error:
+        raise ValueError("nested too deeply") from error
+
+
 def folder_files(folder: str | os.PathLike) -> list[str]:
     """Relative names of every file under a folder that a seal covers, sorted."""
     folder = Path(folder)
@@ -82,6 +104,19 @@ def seal_folder(folder: str | os.PathLike, measured: Mapping[str, dict] | None =
     write_json(folder / MANIFEST, {"files": dict(measured or measure_files(folder, folder_files(folder)))})
     with open(folder / COMPLETE, "w") as stream:
         os.fsync(stream.fileno())
+    flush_folder(folder)
+
+
+def flush_folder(folder: str | os.PathLike) -> None:
+    """Has the names in a folder on the disk, so that a power cut does not take back a rename."""
+    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        os.fsync(descriptor)
+    except OSError as error:
+        if error.errno not in (errno.EINVAL, errno.ENOTSUP, errno.EBADF):  # not every file system does it for folders
+            raise
+    finally:
+        os.close(descriptor)
 
 
 def is_complete(folder: str | os.PathLike) -> bool:
@@ -90,15 +125,22 @@ def is_complete(folder: str | os.PathLike) -> bool:
 
 
 def sealed_files(folder: str | os.PathLike) -> dict[str, dict]:
-    """The manifest of a sealed folder. Raises CheckpointError when it is not sealed or cannot be read."""
+    """The manifest of a sealed folder.
+
+    Raises CheckpointError when it is not sealed, cannot be read, or names a file that is not in the folder.
+    """
     folder = Path(folder)
     if not is_complete(folder):
         raise CheckpointError("checkpoint", str(folder), "not a complete checkpoint (no COMPLETE file); name another")
     try:
-        files = json.loads((folder / MANIFEST).read_text())["files"]
-        return {str(name): {"bytes": int(f["bytes"]), "sha256": str(f["sha256"])} for name, f in files.items()}
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        files = read_json(folder / MANIFEST)["files"]
+        sealed = {str(name): {"bytes": int(f["bytes"]), "sha256": str(f["sha256"])} for name, f in files.items()}
+    except (ValueError, KeyError, TypeError, AttributeError, OverflowError) as error:
         raise CheckpointError("checkpoint", str(folder / MANIFEST), f"the manifest cannot be read ({error})") from error
+    outside = next((name for name in sealed if not is_inside(folder, name)), None)
+    if outside is not None:
+        raise CheckpointError("checkpoint", str(folder / MANIFEST), f"names {outside!r}, which is not in the folder")
+    return sealed
 
 
 def damaged_files(folder: str | os.PathLike, files: Mapping[str, dict]) -> list[str]:

@@ -21,6 +21,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
         from cpt_mega.config import load_config, resolved_yaml
 
         config = load_config(options.config, options.overrides)
+        if config.restore.is_new_run and int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")):
+            options.overrides.append("restore.mode=auto")  # torchrun starts the same command again after a fault
+            config = load_config(options.config, options.overrides)
+        if options.accept:
+            accepted = f"restore.accept=[{', '.join((*config.restore.accept, *options.accept))}]"
+            config = load_config(options.config, [*options.overrides, accepted])
         if options.print_config:
             print(resolved_yaml(config), end="")
             return ExitCode.FINISHED
@@ -34,8 +40,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     earlier = _ended_before_restart(config)
     if earlier is not None:
         return earlier
-    new_run = config.restore.mode.startswith("weights")  # which is refused where the run has begun
-    options.overrides = [*options.overrides, *["restore.mode=auto"] * new_run]
+    if config.restore.is_new_run:  # which is refused once it has begun
+        others = [word for word in options.overrides if not word.startswith("restore.mode=")]
+        options.overrides = [*others, "restore.mode=auto"]
     command = _same_command(config, options, int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
     return guarded(lambda: _train(config, command), config.run.dir)
 
@@ -52,6 +59,13 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--print-config", action="store_true", help="print the resolved configuration and stop")
     parser.add_argument(
         "--print-launch", action="store_true", help="print the processes a model replica needs and run.dir"
+    )
+    parser.add_argument(
+        "--accept",
+        action="append",
+        default=[],
+        metavar="OPTION",
+        help="go on although this option differs from the checkpoint's, as train.tokens; may be given several times",
     )
     parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="override any configuration key")
     return parser.parse_intermixed_args(arguments)
@@ -71,7 +85,8 @@ def _train(config, command: str) -> int:
 def _same_command(config, options: argparse.Namespace, here: int) -> str:
     """What starts this run (again) with ``here`` processes on this machine."""
     processes = f"NPROC={here} " if here != config.parallel.model_size else ""
-    return f"{processes}bash launch/torchrun.sh {shlex.join([options.config, *options.overrides])}"
+    accepted = [word for name in options.accept for word in ("--accept", name)]
+    return f"{processes}bash launch/torchrun.sh {shlex.join([options.config, *options.overrides, *accepted])}"
 
 
 def _dry_run(config, options: argparse.Namespace) -> int:

@@ -52,6 +52,7 @@ def parse_arguments() -> argparse.Namespace:
 def main() -> None:
     arguments = parse_arguments()
     check_together(arguments)
+    arguments.packing = arguments.packing or BEST_FIT
     if (arguments.prefix is None) == (arguments.run is None):
         raise InputError("PREFIX", arguments.prefix, "name a corpus, or a run with --run")
     if arguments.run is not None:
@@ -178,7 +179,7 @@ def show_rows(corpus: IndexedCorpus, arguments: argparse.Namespace) -> None:
     """How documents fill rows: numbers, and a picture."""
     if arguments.rows < 1:
         raise InputError("--rows", arguments.rows, "give the tokens of a row, as 4096")
-    plan = open_plan(corpus, arguments.rows, arguments.packing or BEST_FIT)
+    plan = open_plan(corpus, arguments.rows, arguments.packing)
     found = plan.statistics
     if arguments.json:
         print(json.dumps({"seq_length": plan.seq_length, **asdict(found), "fill": found.fill}))
@@ -193,7 +194,7 @@ def print_rows(corpus: IndexedCorpus, plan: RowPlan, arguments: argparse.Namespa
     found = plan.statistics
     most = f"99 % at most {found.documents_a_row_p99:,}, {found.most_documents:,} in one"
     rows = {
-        "rows": f"{found.rows:,} of {plan.seq_length:,} tokens, {arguments.packing or BEST_FIT}",
+        "rows": f"{found.rows:,} of {plan.seq_length:,} tokens, {arguments.packing}",
         "fill": f"{found.fill:.3%}; {found.padding:,} tokens of padding",
         "split documents": f"{found.split_documents:,} of {found.documents:,}",
         "documents a row": f"{found.documents_a_row:.1f}; {most}",

@@ -9,43 +9,22 @@ auto             full from the newest checkpoint of ``run.dir`` when there is on
 """
 
 import copy
-from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
-from cpt_mega.checkpoint.store import TrainerState, checkpoint_problem, newest_checkpoint, read_state
-from cpt_mega.config.load import build_config
+from cpt_mega.checkpoint.contract import HARMLESS, Contract, Row, class_of, short
+from cpt_mega.checkpoint.store import checkpoint_problem, newest_checkpoint
+from cpt_mega.checkpoint.trainer_state import TrainerState, has_state, read_state
+from cpt_mega.config.load import build_config, differing_fields
 from cpt_mega.config.schema import Config
 from cpt_mega.engine import state as engine_state
-from cpt_mega.engine.core_options import NUMERIC
 from cpt_mega.engine.mesh import Mesh
 from cpt_mega.engine.step import Engine
 from cpt_mega.errors import CheckpointError, InputError
-from cpt_mega.hf.locate import locate_checkpoint
+from cpt_mega.hf.locate import CHECKPOINTS, locate_checkpoint
+from cpt_mega.hf.model_info import ModelInfo, read_model_info
 
-_EXCLUDE = "data.exclude."
 WEIGHTS, MOMENTS, FULL, AUTO = "weights", "weights+moments", "full", "auto"
-
-# A full restore under another value of these is another run, so it must be asked for by name.
-_NEEDS_ACCEPTANCE = (
-    "data.sources",
-    "data.curriculum",
-    "data.packing",
-    "precision",
-    *(f"train.{name}" for name in ("tokens", "seq_length", "global_batch_size", "seed", "dropout")),
-    *(f"optimizer.{name}" for name in ("lr", "min_lr", "weight_decay", "clip_norm", "beta1", "beta2", "eps")),
-    *(f"schedule.{name}" for name in ("kind", "warmup_tokens", "decay_tokens")),
-    "eval.sets",
-    "eval.max_tokens",
-    *NUMERIC,
-)
-
-# These say what comes from here on, and are asked for to be changed within a run.
-_TAKES_EFFECT = tuple(f"data.{name}" for name in ("max_epochs", "at_max_epochs", "row_checks", "exclude", "adaptive"))
-
-# The two optimizers keep different tensors, so one cannot read what the other wrote.
-_NEVER = ("train.distributed_optimizer",)
 
 
 @dataclass(frozen=True)
@@ -59,15 +38,28 @@ class Start:
 
 @dataclass(frozen=True)
 class Restore:
-    """A decision. ``state`` is the checkpoint's own, None for a new run.
+    """A decision.
 
-    ``rows``: the printed contract, ``(item, "restored" | "fresh" | "accepted" | "harmless", note)``.
+    Attributes:
+        state: the checkpoint's own, None for a new run.
+        same_layout: whether generators fit.
+        same_run: whether the run in this folder goes on; otherwise it gets an id of its own, and the checkpoint as its parent.
     """
 
     start: Start
     state: TrainerState | None
     same_layout: bool
-    rows: list[tuple[str, str, str]] = field(default_factory=list)
+    same_run: bool
+    contract: Contract
+
+    @property
+    def rows(self) -> list[Row]:
+        """The printed contract."""
+        return self.contract.rows
+
+    def check(self) -> None:
+        """Raises InputError for what is refused, to be called when the contract was printed."""
+        self.contract.check()
 
 
 def find_start(config: Config, mesh: Mesh) -> Start:
@@ -79,10 +71,11 @@ def find_start(config: Config, mesh: Mesh) -> Start:
     """
     mode, run_dir = config.restore.mode, Path(config.run.dir)
     own, notes = newest_checkpoint(run_dir, mesh)
-    if mode in (WEIGHTS, MOMENTS) and own is not None:
+    if config.restore.is_new_run and own is not None:
         fix = f"already holds {own.name}; continue it with restore.mode=auto, or give the new run another run.dir"
         raise CheckpointError("run.dir", str(run_dir), fix)
     if own is not None:
+        _refuse_older(config, own)
         return Start(FULL, own, notes)
     if notes:
         fix = f"no checkpoint of this run can be used ({'; '.join(notes)}); remove the folder or name another run.dir"
@@ -94,6 +87,18 @@ def find_start(config: Config, mesh: Mesh) -> Start:
     return Start(WEIGHTS if mode == AUTO else mode, start, notes)
 
 
+def _refuse_older(config: Config, own: Path) -> None:
+    """Raises CheckpointError when ``restore.mode=full`` names an older checkpoint of the very run, which is not looked at."""
+    named = Path(config.model.checkpoint)
+    asked = config.restore.mode == FULL and named.name.startswith("iter_") and _is_inside(named, config)
+    if asked and named.name != own.name:
+        fix = (
+            f"a run goes on from its newest checkpoint, {own.name}; to go back, move the later iter_* folders out of "
+            "run.dir, or name another run.dir"
+        )
+        raise CheckpointError("model.checkpoint", str(named), fix)
+
+
 def plan_restore(config: Config, start: Start, lineage: dict, layout: dict[str, int]) -> Restore:
     """Decides what is restored, what is fresh and what is refused, before anything is loaded.
 
@@ -103,12 +108,13 @@ def plan_restore(config: Config, start: Start, lineage: dict, layout: dict[str, 
         lineage: this run's: ``tokenizer_digest``, ``packing_version``, ``corpora`` by source and ``eval`` by bucket.
         layout: the fields of ``engine.mesh.Layout`` of this run.
 
-    Raises CheckpointError when optimizer state is wanted and not there, and InputError when a field or a corpus differs that
-    a full restore does not take over without ``restore.accept``.
+    Nothing is refused before the contract was printed: ``Restore.check`` raises. Raises CheckpointError for a state that
+    cannot be read.
     """
+    contract = Contract(config.restore.accept)
     if start.mode == FULL:
-        return _full(config, start, lineage, layout)
-    return _new_run(start) if start.mode == WEIGHTS else _new_run_with_moments(config, start)
+        return _full(config, start, lineage, layout, contract)
+    return _new_run(config, start, contract)
 
 
 def apply_restore(restore: Restore, engine: Engine) -> None:
@@ -124,83 +130,110 @@ def apply_restore(restore: Restore, engine: Engine) -> None:
         engine_state.load_everything(engine, folder, restore.same_layout)
 
 
-def differing_fields(old: dict, new: dict, prefix: str = "") -> Iterator[tuple[str, Any, Any]]:
-    """(dotted name, old value, new value) for every leaf of two resolved configurations that differs."""
-    for name in sorted(old.keys() | new.keys()):
-        before, after = old.get(name), new.get(name)
-        if isinstance(before, dict) and isinstance(after, dict):
-            yield from differing_fields(before, after, f"{prefix}{name}.")
-        elif before != after:
-            yield f"{prefix}{name}", before, after
+# What is neither restored nor refused: today's schedule, and state that this run has none of.
+_NO_DETECTOR = "none is kept: a step is only checked for being finite"
 
 
-# What a new run begins with, whatever it takes over.
-_FRESH = {
-    "step and tokens": "0",
-    "learning-rate schedule": "from its re-warm",
-    "data cursors": "from the first row",
-    "generators": "from train.seed",
-    "gate baseline": "taken at step 0",
-}
+def _new_run(config: Config, start: Start, contract: Contract) -> Restore:
+    contract.add("weights", "restored", str(start.folder))
+    if start.mode == MOMENTS:
+        state = read_state(start.folder)
+        contract.add("master weights", "restored", "bit for bit")
+        _moments(config, start, f"with their {state.step} steps, by which Adam corrects their bias", contract)
+        before, now = _completed(state.config)["train"]["distributed_optimizer"], config.train.distributed_optimizer
+        if before != now:
+            contract.fatal("train.distributed_optimizer", before, now)
+    else:
+        contract.add("master weights", "fresh", "made from the weights")
+        contract.add("optimizer moments", "fresh", "zero")
+    contract.add("run id", "fresh", "the checkpoint is its parent")
+    contract.add("step", "fresh", "0")
+    contract.add("tokens", "fresh", "0")
+    contract.add("learning-rate schedule", "fresh", "from its re-warm")
+    contract.add("data cursors", "fresh", "from the first row")
+    contract.add("generators", "fresh", "from train.seed")
+    contract.add("gate history", "fresh", "baseline taken at step 0")
+    contract.add("anomaly window", "fresh", _NO_DETECTOR)
+    contract.add("FP8 scales", "fresh", _fp8_note(config))
+    _compare_with_parent(config, start, contract)
+    return Restore(start, None, False, False, contract)
 
 
-def _new_run(start: Start) -> Restore:
-    fresh = {"master weights": "made from the weights", "optimizer moments": "zero", **_FRESH}
-    rows = [("weights", "restored", str(start.folder)), *((item, "fresh", note) for item, note in fresh.items())]
-    return Restore(start, None, False, rows)
+def _compare_with_parent(config: Config, start: Start, contract: Contract) -> None:
+    """What a new run does otherwise than the run its weights are from, if they are a run's: nothing of it is refused."""
+    if not has_state(start.folder):
+        return
+    before = _comparable(_completed(read_state(start.folder).config))
+    for name, old, new in differing_fields(before, _comparable(config.model_dump(mode="json"))):
+        if class_of(name) != HARMLESS:
+            contract.add(name, "fresh", f"{short(old)} in the run the weights are from, {short(new)} here")
 
 
-def _new_run_with_moments(config: Config, start: Start) -> Restore:
+def _moments(config: Config, start: Start, note: str, contract: Contract) -> None:
+    if engine_state.has_optimizer(start.folder):
+        contract.add("optimizer moments", "restored", note)
+        return
+    fix = f"{start.folder} holds no optimizer state; use restore.mode=weights"
+    error = CheckpointError("restore.mode", config.restore.mode, fix)
+    contract.refuse("optimizer moments", "the checkpoint holds none", error)
+
+
+def _full(config: Config, start: Start, lineage: dict, layout: dict[str, int], contract: Contract) -> Restore:
     state = read_state(start.folder)
-    _check_optimizer(config, start.folder)
-    differences = differing_fields(_completed(state.config), config.model_dump(mode="json"))
-    _refuse_never(list(differences))
-    steps = f"with their {state.step} steps, by which Adam corrects their bias"
-    rows = [
-        ("weights", "restored", str(start.folder)),
-        ("master weights", "restored", "bit for bit"),
-        ("optimizer moments", "restored", steps),
-        *((item, "fresh", note) for item, note in _FRESH.items()),
-    ]
-    return Restore(start, None, False, rows)
-
-
-def _check_optimizer(config: Config, folder: Path) -> None:
-    """Raises CheckpointError for a checkpoint without optimizer state."""
-    if not engine_state.has_optimizer(folder):
-        fix = f"{folder} holds no optimizer state; use restore.mode=weights"
-        raise CheckpointError("restore.mode", config.restore.mode, fix)
-
-
-def _full(config: Config, start: Start, lineage: dict, layout: dict[str, int]) -> Restore:
-    state = read_state(start.folder)
-    _check_optimizer(config, start.folder)
-    differences = list(
-        differing_fields(_comparable(_completed(state.config)), _comparable(config.model_dump(mode="json")))
-    )
-    _check_lineage(config, state.lineage, lineage)
-    _check_accepted(config, differences)
     stale = [bucket for bucket in state.baseline if _differs(state.lineage["eval"], lineage["eval"], bucket)]
-    for bucket in stale:  # what was measured on other items is no baseline
+    for bucket in stale:  # what was measured on other items is no baseline, and cannot be compared with what comes
         del state.baseline[bucket]
+        for look in state.gate_history:
+            look["perplexity"].pop(bucket, None)
     same = {"vpp": 1, "cp": 1, **state.layout} == layout  # a folder may be from before these were
-    rows = [("weights", "restored", str(start.folder))]
-    rows += [(item, "restored", "bit for bit") for item in ("master weights", "optimizer moments")]
-    rows.append(("step and tokens", "restored", f"step {state.step}, {state.tokens:,} tokens"))
-    rows += [(item, "restored", "") for item in ("learning-rate schedule", "data cursors")]
-    rows += [("gate baseline", "restored", ", ".join(state.baseline))] if state.baseline else []
-    rows += [("gate baseline", "fresh", f"{', '.join(stale)}: the items are others now")] if stale else []
-    rows.append(
-        ("generators", "restored", "") if same else ("generators", "fresh", f"saved at {state.layout}, now {layout}")
-    )
+    contract.add("weights", "restored", str(start.folder))
+    contract.add("master weights", "restored", "bit for bit")
+    _moments(config, start, "bit for bit", contract)
+    same_run = _is_inside(start.folder, config)
+    if same_run:
+        contract.add("run id", "restored", state.run_id)
+    else:
+        contract.add("run id", "fresh", f"in another run.dir than {state.run_id}, whose checkpoint is its parent")
+    contract.add("step", "restored", str(state.step))
+    contract.add("tokens", "restored", f"{state.tokens:,}")
+    contract.add("learning-rate schedule", "restored", "follows from the tokens and the options of today")
+    contract.add("data cursors", "restored", ", ".join(state.stream.get("sources", {})))
+    if same:
+        contract.add("generators", "restored")
+    else:
+        before = {name: state.layout.get(name, 1) for name in layout}
+        contract.add("generators", "fresh", f"saved at {_words(before)}, now {_words(layout)}")
+    _gate_history(state, stale, contract)
+    contract.add("anomaly window", "fresh", _NO_DETECTOR)
+    contract.add("FP8 scales", "fresh", _fp8_note(config))
+    _check_model(config, start, contract)
+    _check_lineage(config, state.lineage, lineage, contract)
+    now = _comparable(config.model_dump(mode="json"))
+    contract.differences(_comparable(_completed(state.config)), now, state.stream.get("excluded", {}))
+    return Restore(start, state, same, same_run, contract)
+
+
+def _words(layout: dict[str, int]) -> str:
+    return " ".join(f"{name}={size}" for name, size in layout.items())
+
+
+def _is_inside(folder: Path, config: Config) -> bool:
+    """Whether a checkpoint is of the run in ``run.dir``."""
+    return folder.resolve().is_relative_to((Path(config.run.dir) / CHECKPOINTS).resolve())
+
+
+def _gate_history(state: TrainerState, stale: list[str], contract: Contract) -> None:
+    if state.baseline or not stale:
+        looks = f"baseline of {', '.join(state.baseline) or 'no bucket'}, {len(state.gate_history)} looks"
+        contract.add("gate history", "restored", looks)
+    if stale:
+        contract.add("gate history", "fresh", f"of {', '.join(stale)}: the items are others now")
+
+
+def _fp8_note(config: Config) -> str:
     if config.precision == "fp8-delayed":
-        rows.append(("FP8 scales", "fresh", "delayed scaling measures them again in its first steps"))
-    for name, before, after in differences:
-        what = "accepted" if _matches(name, _NEEDS_ACCEPTANCE) else _unasked(name)
-        if name.startswith(_EXCLUDE):  # what is excluded once stays so, whatever a configuration says later
-            before = state.stream.get("excluded", {}).get(name.removeprefix(_EXCLUDE))
-        rows.append((name, what, _change(name, before, after)))
-    return Restore(start, state, same, rows)
+        return "delayed scaling measures them again in its first steps"
+    return f"{config.precision} keeps none"
 
 
 def _completed(config: dict) -> dict:
@@ -216,7 +249,7 @@ def _comparable(config: dict) -> dict:
 
     data, evaluation = config["data"], config["eval"]
     return {
-        **config,
+        **{name: section for name, section in config.items() if name != "restore"},  # which this very table is about
         "data": {**data, "sources": placeless(data["sources"])},
         "eval": {**evaluation, "sets": placeless(evaluation["sets"])},
     }
@@ -227,72 +260,56 @@ def _differs(before: dict, now: dict, name: str) -> bool:
     return name in before and name in now and before[name] != now[name]
 
 
-def _check_lineage(config: Config, before: dict, now: dict) -> None:
+def _check_model(config: Config, start: Start, contract: Contract) -> None:
+    """A run goes on as the model it is; a ``model.checkpoint`` that is there and is another model is a mistake."""
+    own, named = read_model_info(start.folder), _named_model(config)
+    if named is None:
+        return
+    for name, old, new in differing_fields(own.shape.to_json(), named.shape.to_json()):
+        fix = (
+            f"model.checkpoint is a model with {new!r}, the run's has {old!r}: a run goes on as the model it is; name its own "
+            "model, or another run.dir"
+        )
+        contract.refuse(
+            f"model {name}", f"{old!r}, model.checkpoint has {new!r}", InputError(f"model {name}", new, fix)
+        )
+    if named.base_digest != own.base_digest:
+        why = "model.checkpoint is of another base than the run's own, and a run that goes on does not look at it"
+        contract.ask("model.checkpoint", config.model.checkpoint, why)
+
+
+def _named_model(config: Config) -> ModelInfo | None:
+    """What lies at ``model.checkpoint`` today; None where it is gone, as nothing of it is needed."""
+    try:
+        return read_model_info(locate_checkpoint(config.model.checkpoint))
+    except InputError:
+        return None
+
+
+def _check_lineage(config: Config, before: dict, now: dict, contract: Contract) -> None:
     """The tokenizer may never change within a run; a corpus may, when its source is accepted: cursors mean other rows."""
     if before["tokenizer_digest"] != now["tokenizer_digest"]:
-        fix = f"the checkpoint was trained with tokenizer {before['tokenizer_digest'][:12]}; use that one, or a new run"
-        raise InputError("tokenizer.path", now["tokenizer_digest"][:12], fix)
-    version = before.get("packing_version")
-    if version is None and now["corpora"]:
-        fix = "the checkpoint is of older code, whose data state cannot be read; start a new run from it: restore.mode=weights"
-        raise InputError("restore.mode", config.restore.mode, fix)
-    if version != now["packing_version"] and now["corpora"] and not _matches("data.packing", config.restore.accept):
-        fix = (
-            f"the checkpoint's rows were packed by version {version}, so cursors mean other rows now; go on with the code that "
-            "wrote it, or accept that some rows may be seen twice or never with restore.accept=[data.packing]"
-        )
-        raise InputError("data.packing", f"version {now['packing_version']}", fix)
+        was = before["tokenizer_digest"][:12]
+        fix = f"the checkpoint was trained with tokenizer {was}; use that one, or a new run"
+        error = InputError("tokenizer.path", now["tokenizer_digest"][:12], fix)
+        contract.refuse("tokenizer", f"{was} is now {now['tokenizer_digest'][:12]}", error)
+    if now["corpora"]:
+        _check_packing(config, before.get("packing_version"), now["packing_version"], contract)
     for name, digest in now["corpora"].items():
-        if _differs(before["corpora"], now["corpora"], name) and not _matches("data.sources", config.restore.accept):
-            fix = (
-                "the corpus is not the one the checkpoint was trained on, so its cursor means other rows; bring the old "
-                "one back, give the new one another name, or accept it with restore.accept=[data.sources]"
-            )
-            raise InputError(f"data.sources {name}", digest[:12], fix)
+        if _differs(before["corpora"], now["corpora"], name):
+            why = "the corpus is not the one the checkpoint was trained on, so its cursor means other rows"
+            contract.ask("data.sources", digest[:12], why, item=f"data.sources {name}")
     for bucket, digest in now["eval"].items():
-        if _differs(before["eval"], now["eval"], bucket) and not _matches("eval.sets", config.restore.accept):
-            fix = (
-                "the items are not those the baseline was measured on; bring them back, or accept it with "
-                "restore.accept=[eval.sets] and a new baseline is taken"
-            )
-            raise InputError(f"eval.sets {bucket}", digest[:12], fix)
+        if _differs(before["eval"], now["eval"], bucket):
+            why = "the items are not those the baseline was measured on, so a new one is taken"
+            contract.ask("eval.sets", digest[:12], why, item=f"eval.sets {bucket}")
 
 
-def _refuse_never(differences: list[tuple[str, Any, Any]]) -> None:
-    for name, before, after in differences:
-        if name in _NEVER:
-            fix = f"the checkpoint was trained with {before!r} and can only go on so; restore it, or start a new run"
-            raise InputError(name, after, fix)
-
-
-def _check_accepted(config: Config, differences: list[tuple[str, Any, Any]]) -> None:
-    _refuse_never(differences)
-    for name, before, after in differences:
-        if _matches(name, _NEEDS_ACCEPTANCE) and not _matches(name, config.restore.accept):
-            fix = (
-                f"the checkpoint was trained with {_short(before)}; restore that value, accept the change with "
-                f"restore.accept=[{name}], or start a new run with restore.mode=weights and another run.dir"
-            )
-            raise InputError(name, after, fix)
-
-
-def _unasked(name: str) -> str:
-    return "takes effect" if _matches(name, _TAKES_EFFECT) else "harmless"
-
-
-def _change(name: str, before: Any, after: Any) -> str:
-    if not name.startswith(_EXCLUDE):
-        return f"{_short(before)} is now {_short(after)}"
-    more = set(after or ()) - set(before or ())
-    return f"{len(before or ())} rows stay excluded, {len(more)} more from here on"
-
-
-def _short(value: Any) -> str:
-    """A value as text of one line at most; lists of options can be long."""
-    text = repr(value)
-    return text if len(text) <= 120 else f"{text[:117]}..."
-
-
-def _matches(name: str, fields: tuple[str, ...] | list[str]) -> bool:
-    """Whether a dotted name is one of some fields or inside one."""
-    return any(name == f or name.startswith(f"{f}.") for f in fields)
+def _check_packing(config: Config, before: int | None, now: int, contract: Contract) -> None:
+    if before is None:
+        fix = "the checkpoint is of older code, whose data state cannot be read; start a new run from it: restore.mode=weights"
+        error = InputError("restore.mode", config.restore.mode, fix)
+        contract.refuse("data.packing", "of older code, whose data state cannot be read", error)
+    elif before != now:
+        why = f"the checkpoint's rows were packed by version {before}, so some rows may be seen twice or never"
+        contract.ask("data.packing", f"version {now}", why)

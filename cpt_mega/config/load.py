@@ -49,6 +49,16 @@ def describe_options() -> Iterator[tuple[str, str, Any, str]]:
     yield from _describe(Config, "")
 
 
+def differing_fields(old: dict, new: dict, prefix: str = "") -> Iterator[tuple[str, Any, Any]]:
+    """(dotted name, old value, new value) for every leaf of two resolved configurations that differs."""
+    for name in sorted(old.keys() | new.keys()):
+        before, after = old.get(name), new.get(name)
+        if isinstance(before, dict) and isinstance(after, dict):
+            yield from differing_fields(before, after, f"{prefix}{name}.")
+        elif before != after:
+            yield f"{prefix}{name}", before, after
+
+
 def _read(path: Path, seen: tuple[Path, ...]) -> dict:
     if path.resolve() in seen:
         raise InputError("extends", str(path), "files extend each other in a circle; drop one 'extends'")
@@ -139,9 +149,21 @@ def _absolute_paths(values: dict) -> None:
 
 def _validated(values: dict) -> Config:
     try:
-        return Config.model_validate(_whole_numbers(_tuples(values)))
+        config = Config.model_validate(_whole_numbers(_tuples(values)))
     except ValidationError as error:
         raise _as_input_error(error.errors()[0]) from None
+    _check_accepted(config.restore.accept)
+    return config
+
+
+def _check_accepted(names: Iterable[str]) -> None:
+    """Raises InputError for an accepted name that is neither an option nor a section: it would accept nothing."""
+    known = {name.partition("[]")[0] for name, *_ in describe_options()}
+    for name in names:
+        if not any(f"{k}.".startswith(f"{name}.") or name.startswith(f"{k}.") for k in known):
+            close = difflib.get_close_matches(name, known, n=1)
+            fix = f"; did you mean {close[0]!r}?" if close else "; name one as train.tokens, or a section"
+            raise InputError("restore.accept", name, f"no such option{fix}")
 
 
 def _tuples(value: Any) -> Any:
@@ -178,12 +200,18 @@ def _as_input_error(problem: dict) -> InputError:
         return InputError(field, None, "is required; set it in the configuration file or as an override")
     if problem["type"] == "value_error" and not field:
         field, _, sentence = str(problem["ctx"]["error"]).partition(": ")
-        value: Any = problem["input"]
-        for part in field.split("."):
-            value = value.get(part) if isinstance(value, dict) else None
-        return InputError(field, value, sentence)
+        return InputError(field, _given_or_default(field, problem["input"]), sentence)
     fix = _IN_WORDS.get(problem["type"], problem["msg"][0].lower() + problem["msg"][1:])
     return InputError(field, problem["input"], fix)
+
+
+def _given_or_default(field: str, given: Any) -> Any:
+    value, model = given, Config
+    for part in field.split("."):
+        option = model.model_fields[part]
+        value = value[part] if isinstance(value, dict) and part in value else option.get_default()
+        model = _section_of(option.annotation)
+    return value
 
 
 def _suggestion(location: tuple) -> str:

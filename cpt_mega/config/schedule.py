@@ -35,6 +35,11 @@ class LearningRate:
             total_tokens=total,
         )
 
+    @property
+    def decay_start(self) -> int | None:
+        """Tokens at which wsd's decay begins; None for schedules without a phase of decay."""
+        return max(self.warmup_tokens, self.total_tokens - self.decay_tokens) if self.kind == "wsd" else None
+
     def at(self, tokens: int, peak: float | None = None, floor: float | None = None) -> float:
         """Rate for a step that ends at ``tokens`` (>= 0); the first step of a run is not wasted at rate zero.
 
@@ -45,11 +50,7 @@ class LearningRate:
             return peak * tokens / self.warmup_tokens
         if self.kind == "constant":
             return peak
-        start = (
-            self.warmup_tokens
-            if self.kind == "cosine"
-            else max(self.warmup_tokens, self.total_tokens - self.decay_tokens)
-        )
+        start = self.warmup_tokens if self.kind == "cosine" else self.decay_start
         span = self.total_tokens - start
         done = min(1.0, max(0.0, (tokens - start) / span)) if span > 0 else float(tokens >= self.total_tokens)
         if self.kind == "cosine":

@@ -47,8 +47,13 @@ class RestoreOptions(Section):
         "exactly; auto: continue run.dir when it holds a checkpoint, else weights",
     )
     accept: tuple[str, ...] = Field(
-        (), description="configuration keys that may differ from the checkpoint's on a full restore"
+        (), description="options that may differ from the checkpoint's on a full restore; --accept NAME adds one"
     )
+
+    @property
+    def is_new_run(self) -> bool:
+        """Whether the mode asks for a run that has not begun yet."""
+        return self.mode in ("weights", "weights+moments")
 
 
 class ParallelOptions(Section):
@@ -88,7 +93,7 @@ class TrainOptions(Section):
 
 
 class OptimizerOptions(Section):
-    lr: float = Field(2e-5, gt=0, description="peak learning rate")
+    lr: float = Field(2e-5, ge=0, description="peak learning rate; 0 changes no weight")
     min_lr: float | None = Field(None, ge=0, description="learning rate at the end; none: 10 % of the peak")
     weight_decay: float = Field(0.1, ge=0, description="decoupled weight decay; none on norms and biases")
     clip_norm: float = Field(1.0, ge=0, description="global gradient norm above which gradients are scaled; 0: never")
@@ -155,9 +160,21 @@ class DataOptions(Section):
 
 
 class CheckpointOptions(Section):
-    interval_tokens: PositiveInt | None = Field(None, description="tokens between checkpoints; none: only at the end")
-    export_hf: Literal["none", "final"] = Field(
-        "none", description="write run.dir/export as an HF checkpoint at the end"
+    interval_tokens: PositiveInt | None = Field(
+        None, description="tokens between permanent checkpoints, each with an evaluation; none: only at the end"
+    )
+    rolling_interval_tokens: PositiveInt | None = Field(
+        None, description="tokens between checkpoints that are only for going on after a stop"
+    )
+    rolling_interval_minutes: float | None = Field(None, gt=0, description="the same by the clock")
+    keep_rolling: PositiveInt = Field(2, description="rolling checkpoints that stay")
+    keep_permanent: PositiveInt | None = Field(None, description="permanent checkpoints that stay; none: all")
+    asynchronous: bool = Field(
+        True, description="write and prove checkpoints beside the training; the last of a run is always waited for"
+    )
+    export_hf: Literal["none", "final", "best"] = Field(
+        "none",
+        description="write run.dir/export as an HF checkpoint at the end: the last one, or the best by the gates",
     )
 
 
@@ -171,6 +188,9 @@ class EvalSetOptions(Section):
 class EvalOptions(Section):
     interval_tokens: PositiveInt | None = Field(
         None, description="tokens between evaluations; none: at step 0 and at the end"
+    )
+    dense_start: bool = Field(
+        True, description="also evaluate at 1/2, 1/4, ... of the first interval, down to 0.5 % of the run"
     )
     sets: tuple[EvalSetOptions, ...] = Field((), description="held-out corpora; one per bucket and probe")
     max_tokens: PositiveInt = Field(262_144, description="tokens of each set that are scored, from its start")
@@ -231,6 +251,9 @@ class Config(Section):
             "optimizer.min_lr: must not exceed optimizer.lr": (self.optimizer.min_lr or 0) > self.optimizer.lr,
             "schedule.warmup_tokens: must not exceed train.tokens": (
                 (self.schedule.warmup_tokens or 0) > self.train.tokens > 0
+            ),
+            "checkpoint.export_hf: best is by evaluations; name held-out corpora in eval.sets": (
+                self.checkpoint.export_hf == "best" and not self.eval.sets
             ),
             "data.sources: name at least one corpus to train on": self.train.tokens > 0 and not self.data.sources,
             "parallel.sp: needs parallel.tp above 1; set parallel.tp or drop parallel.sp": (

@@ -10,7 +10,6 @@ a damaged or mismatched index otherwise shows as strange text in the middle of a
 """
 
 import hashlib
-import json
 import os
 import struct
 from bisect import bisect_right
@@ -21,6 +20,7 @@ from pathlib import Path
 import numpy as np
 
 from cpt_mega.errors import InputError
+from cpt_mega.lineage import is_local_name, read_json
 
 MAGIC = b"MMIDIDX\x00\x00"
 VERSION = 1
@@ -256,17 +256,21 @@ def has_corpus(prefix: str | os.PathLike) -> bool:
 def shard_prefixes(prefix: str) -> list[str]:
     """The prefixes of the files that hold a corpus: itself, or those that ``PREFIX.shards.json`` names beside it.
 
-    Raises InputError when that file is not a list of names.
+    Raises InputError when that file is not a list of names, or they lie elsewhere.
     """
     path = shards_path(prefix)
     if corpus_files(prefix)[1].is_file() or not path.is_file():
         return [prefix]
     try:
-        names = json.loads(path.read_text())
+        names = read_json(path)
     except (ValueError, OSError) as error:
         raise InputError("shards", str(path), f"cannot be read ({error}); run tools/merge_shards.py again") from error
     if not (isinstance(names, list) and names and all(isinstance(name, str) for name in names)):
         raise InputError("shards", str(path), "is not a list of names; run tools/merge_shards.py again")
+    outside = [name for name in names if not is_local_name(name)]
+    if outside:
+        fix = f"names {outside[0]!r}, which is not beside it; run tools/merge_shards.py again"
+        raise InputError("shards", str(path), fix)
     return [str(path.parent / name) for name in names]
 
 

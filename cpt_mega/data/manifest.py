@@ -1,6 +1,5 @@
 """``PREFIX.manifest.json``: what a corpus was made of, by which tokenizer, and how to recognise it."""
 
-import json
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import MISSING, asdict, dataclass, fields
@@ -11,7 +10,7 @@ from typing import get_args, get_origin
 from cpt_mega.data.indexed import IndexedCorpus, mask_path
 from cpt_mega.data.readers import Unit
 from cpt_mega.errors import InputError
-from cpt_mega.lineage import combined_digest, write_json
+from cpt_mega.lineage import combined_digest, read_json, write_json
 
 ALL, ASSISTANT = "all", "assistant"
 MASKS = (ALL, ASSISTANT)  # which tokens count for the loss as targets
@@ -153,7 +152,7 @@ def load_manifest(prefix: str | os.PathLike) -> CorpusManifest | None:
     if not path.is_file():
         return None
     try:
-        values = json.loads(path.read_text())
+        values = read_json(path)
     except (ValueError, OSError) as error:
         raise InputError("manifest", str(path), f"cannot be read ({error}); preprocess again or remove it") from error
     if not isinstance(values, dict):

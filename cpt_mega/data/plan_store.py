@@ -90,7 +90,7 @@ def _read(path: Path) -> RowPlan | None:
         arrays = {name: _mapped(path, 8 + size, header[name]) for name in ARRAYS}
         plan = RowPlan(about["seq_length"], **arrays, statistics=PlanStatistics(**about["statistics"]))
         return plan if _sums(plan) == about["sums"] else None
-    except (OSError, ValueError, KeyError, TypeError, IndexError):
+    except (OSError, ValueError, KeyError, TypeError, IndexError, OverflowError, RecursionError):
         return None
 
 

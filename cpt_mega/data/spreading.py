@@ -117,17 +117,17 @@ class _Rows:
 
         A document that ``most`` others of its row are larger than is less than that part of a row: so many fit into one.
         """
-        over = np.zeros(len(self.documents), bool)
-        over[self.documents > most] = True
+        over = self.documents > most
+        if not over.any():
+            return
         items = np.flatnonzero(over[self.rows])
         items = items[stable_order(self.rows[items])]
         rank = np.arange(len(items)) - np.searchsorted(self.rows[items], self.rows[items])
-        moved = items[rank >= most][stable_order(rank.max(initial=0) - rank[rank >= most])]  # from the worst rows first
+        moved = items[rank >= most][stable_order(rank.max() - rank[rank >= most])]  # from the worst rows first
         allowed = int(self.tokens / (least_fill * self.seq_length)) - self.used
         moved = moved[: max(0, allowed) * most]
-        if moved.size:
-            self.rows[moved] = len(self.documents) + np.arange(len(moved)) // most
-            self.documents = np.bincount(self.rows)
+        self.rows[moved] = len(self.documents) + np.arange(len(moved)) // most
+        self.documents = np.bincount(self.rows)
 
 
 def _excess(documents: np.ndarray, most: int) -> int:

@@ -7,7 +7,6 @@ habit. A special token that occurs literally in a text is text: it is spelt out,
 and a scraped page could speak in the template's own voice.
 """
 
-import json
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -19,7 +18,7 @@ import sentencepiece
 import tokenizers
 
 from cpt_mega.errors import InputError
-from cpt_mega.lineage import file_digest
+from cpt_mega.lineage import file_digest, read_json
 
 HF_FILE = "tokenizer.json"
 SENTENCEPIECE_FILE = "tokenizer.model"
@@ -254,7 +253,7 @@ def read_config(path: Path) -> dict:
     if not path.is_file():
         return {}
     try:
-        values = json.loads(path.read_text(encoding="utf-8"))
+        values = read_json(path)
     except ValueError as error:
         raise InputError("tokenizer", str(path), f"is not JSON ({error}); copy it again") from error
     return values if isinstance(values, dict) else {}

@@ -5,42 +5,175 @@ what a file has and the model has not. So names and global shapes are compared h
 """
 
 import itertools
-from collections.abc import Iterator
-from contextlib import contextmanager
+import queue
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager, nullcontext
+from functools import partial
+from inspect import signature
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from megatron.core import __version__ as core_version
 from megatron.core import dist_checkpointing
 from megatron.core.dist_checkpointing.core import CheckpointingException
 from megatron.core.dist_checkpointing.dict_utils import nested_values
-from megatron.core.dist_checkpointing.mapping import ShardedObject, ShardedTensor, apply_factories
+from megatron.core.dist_checkpointing.mapping import ShardedObject, ShardedTensor, apply_factories, is_main_replica
+from megatron.core.dist_checkpointing.strategies import filesystem_async
+from megatron.core.dist_checkpointing.strategies.filesystem_async import FileSystemWriterAsync
 from megatron.core.dist_checkpointing.strategies.fully_parallel import FullyParallelSaveStrategyWrapper
 from megatron.core.dist_checkpointing.strategies.torch import TorchDistSaveShardedStrategy
 from megatron.core.tensor_parallel import get_cuda_rng_tracker
-from torch.distributed.checkpoint import FileSystemReader
-from torch.distributed.checkpoint.metadata import TensorStorageMetadata
+from torch.distributed.checkpoint.api import CheckpointException
 
+from cpt_mega.engine.host import CPU
 from cpt_mega.engine.mesh import Mesh
 from cpt_mega.engine.step import Engine
-from cpt_mega.errors import CheckpointError
+from cpt_mega.errors import CheckpointError, FaultError
+from cpt_mega.hf.fingerprint import Fingerprint, added, fingerprint
+from cpt_mega.hf.torch_dist import read_index
+from cpt_mega.hf.untrusted import COMMON_FILE, EXTRA_STATE, first_refused, only_data, pickled_parts
+from cpt_mega.hf.weights import ModelNames
 
 _RNG_KEY = "rng_state"
 _OPTIMIZER_PREFIX = "optimizer."
-_COMMON = "common.pt"
 
 
-def save_engine(engine: Engine, folder: Path) -> None:
-    """Writes weights, optimizer state and generators into an empty folder. A collective that returns when all is on disk."""
+class EngineSave:
+    """Weights, optimizer state and generators on their way into an empty folder.
+
+    Made by all ranks together, which stages what is on a GPU; then each rank calls ``write``, at once or in a forked process,
+    whose memory stays what it was at the fork; then all ranks call ``finish``.
+
+    The fingerprints are those of the live tensors at that moment: on a GPU they are taken when this is made, in the host's
+    memory by ``write``.
+    """
+
+    def __init__(self, engine: Engine, folder: Path, names: ModelNames):
+        engine.gather_parameters()
+        if engine.optimizer is not None:
+            _make_moments(engine)
+        state = _sharded_state(engine, is_loading=False)
+        state["rng"] = _sharded_rng(engine.mesh)
+        apply_factories(state)
+        _give_own_storage(state)
+        self._names, self._live = names, _own_shards(state)
+        self._fingerprints = None if engine.mesh.device == CPU else _fingerprints(self._live, names)
+        strategy = FullyParallelSaveStrategyWrapper(
+            TorchDistSaveShardedStrategy("torch_dist", 1, thread_count=1), engine.mesh.groups.dp_cp, True
+        )
+        # 0.19 would otherwise look for another library's writer
+        options = (
+            {"async_strategy": "mcore"} if "async_strategy" in signature(dist_checkpointing.save).parameters else {}
+        )
+        self._places: queue.Queue = queue.Queue()
+        with _told_to(self._places):
+            self._request = dist_checkpointing.save(
+                state, str(folder), sharded_strategy=strategy, async_sharded_save=True, **options
+            )
+        self._buckets = self._request.async_fn_args[1] if self._request.async_fn_args else []
+        if self._request.preload_fn is not None:
+            self._buckets = self._request.preload_fn()
+
+    def write(self) -> "Written":
+        """Writes this rank's files. Raises what the file system raises."""
+        taken = self._fingerprints or _fingerprints(self._live, self._names)
+        places = {number: self._write_file(number, bucket) for number, bucket in enumerate(self._buckets)}
+        return Written(taken, places)
+
+    def finish(self, written: "Written") -> None:
+        """Writes the index, when all ranks have written; takes what this rank's ``write`` returned. A collective.
+
+        Raises FaultError when it could not be written: of the index itself on the main process, for which the others then wait
+        in vain.
+        """
+        self._places.put(written.places)
+        try:
+            for function in self._request.finalize_fns:
+                function()
+        except (CheckpointException, CheckpointingException, OSError) as error:
+            words = " ".join(str(error).split())[:300]
+            raise FaultError(f"a checkpoint could not be written ({words}); the one before it is intact") from error
+
+    def _write_file(self, number: int, bucket: tuple) -> list:
+        """Core's writing of one file, without the further processes that core 0.16 starts: this is one already."""
+        transforms, *_ = self._request.async_fn.args
+        results, running = queue.Queue(), queue.Queue()
+        running.put(number)
+        FileSystemWriterAsync.write_preloaded_data(transforms, number, bucket, results, running, use_fsync=True)
+        _, outcome = results.get_nowait()
+        if isinstance(outcome, Exception):
+            raise outcome
+        return outcome
+
+
+class Written(NamedTuple):
+    """What a rank's write returned: its part of the live tensors' fingerprints, by name (those of all ranks add up), and where
+    in its files each tensor lies, for core's index."""
+
+    fingerprints: dict[str, Fingerprint]
+    places: dict[int, list]
+
+
+@contextmanager
+def _told_to(results: queue.Queue) -> Iterator[None]:
+    """Has core expect the places in a queue of this save.
+
+    Its own is one for as long as a process lives, and what a failed save leaves in it is taken for the next one's, whose index
+    then points elsewhere; it lies in a server process, which a signal to all processes of a job ends.
+    """
+    kept, filesystem_async._results_queue = filesystem_async._results_queue, results
+    try:
+        yield
+    finally:
+        filesystem_async._results_queue = kept
+
+
+def _give_own_storage(state: dict) -> None:
+    """Spares core a copy of everything while the training waits: it clones what lies in a larger buffer, as all weights do, so
+    that a buffer is not pickled whole; but nothing is pickled here, and the fork keeps the values."""
+    for shard in nested_values(state):
+        data = shard.data if isinstance(shard, ShardedTensor) else None
+        if data is not None and data.device == CPU and data.is_contiguous() and data.numel():
+            flat = data.detach().as_strided((data.numel(),), (1,))  # numpy has no bfloat16, but its bytes
+            shard.data = torch.from_numpy(flat.view(torch.uint8).numpy()).view(data.dtype).view(data.shape)
+
+
+def model_fingerprints(engine: Engine, names: ModelNames) -> dict[str, Fingerprint]:
+    """This rank's part of the live weights' fingerprints, by name; those of all ranks add up. No collective."""
     engine.gather_parameters()
-    if engine.optimizer is not None:
-        _make_moments(engine)
-    state = _sharded_state(engine, is_loading=False)
-    state["rng"] = _sharded_rng(engine.mesh)
-    strategy = FullyParallelSaveStrategyWrapper(
-        TorchDistSaveShardedStrategy("torch_dist", 1, thread_count=1), engine.mesh.groups.dp_cp, True
+    state = _model_states(engine)
+    apply_factories(state)
+    return _fingerprints(_own_shards(state), names)
+
+
+class _Shard(NamedTuple):
+    """A part of a tensor, with as many axes as the whole."""
+
+    key: str
+    values: torch.Tensor
+    offsets: tuple[int, ...]
+    global_shape: tuple[int, ...]
+
+
+def _own_shards(state: dict) -> list[_Shard]:
+    """The tensors of a state that this rank is the one to answer for; factories must have been applied.
+
+    Core changes its own description of them while it saves.
+    """
+    found = []
+    for shard in nested_values(state):
+        if isinstance(shard, ShardedTensor) and is_main_replica(shard.replica_id):
+            values = shard.data.reshape(*[1] * shard.prepend_axis_num, *shard.data.shape)
+            found.append(_Shard(shard.key, values, tuple(shard.global_offset), tuple(shard.global_shape)))
+    return found
+
+
+def _fingerprints(shards: Iterable[_Shard], names: ModelNames) -> dict[str, Fingerprint]:
+    return added(
+        {key: fingerprint(names.unpadded(key, values, offsets), offsets, shape)}
+        for key, values, offsets, shape in shards
     )
-    dist_checkpointing.save(state, str(folder), sharded_strategy=strategy)
 
 
 def load_weights(engine: Engine, folder: Path) -> None:
@@ -50,7 +183,7 @@ def load_weights(engine: Engine, folder: Path) -> None:
     """
     state = _model_states(engine)
     _check_strict(state, folder)
-    loaded = _load(state, folder)
+    loaded = _load(state, folder, engine.mesh)
     _take_weights(engine, loaded)
     if engine.optimizer is not None:
         engine.optimizer.reload_model_params()
@@ -66,7 +199,7 @@ def load_everything(engine: Engine, folder: Path, same_layout: bool) -> None:
     _check_strict(_model_states(engine), folder)
     if same_layout:
         state["rng"] = _sharded_rng(engine.mesh)
-    loaded = _load(state, folder)
+    loaded = _load(state, folder, engine.mesh)
     _take_weights(engine, loaded)
     _align_groups(loaded["optimizer"], _optimizers(engine)[0].optimizer.param_groups)
     with torch.no_grad():  # in fp32 the shards are views of leaves that require gradients
@@ -75,17 +208,33 @@ def load_everything(engine: Engine, folder: Path, same_layout: bool) -> None:
         _take_rng(loaded["rng"])
 
 
-def _load(state: dict, folder: Path) -> dict:
+def _load(state: dict, folder: Path, mesh: Mesh) -> dict:
+    _refuse_code(folder, mesh)
     try:
-        return dist_checkpointing.load(state, str(folder))
+        with only_data():
+            return dist_checkpointing.load(state, str(folder))
+    except CheckpointException as error:  # no Exception: it would pass by all that reports one
+        causes = "; ".join(sorted({str(cause).partition("\n")[0] for cause, _ in error.failures.values()}))
+        raise CheckpointError("checkpoint", str(folder), f"cannot be loaded ({causes}); name another") from error
     except (FileNotFoundError, AttributeError, CheckpointingException) as error:
-        if (folder / _COMMON).exists():
+        if (folder / COMMON_FILE).exists():
             raise
         # From 0.17 on core keeps plain values elsewhere, which 0.16 meets with an AttributeError.
         fix = (
             f"was written by a newer megatron-core than {core_version}; read it with that one, or export and import it"
         )
         raise CheckpointError("checkpoint", str(folder), fix) from error
+
+
+def _refuse_code(folder: Path, mesh: Mesh) -> None:
+    """Raises CheckpointError, on every rank, naming the file that holds anything but data. The ranks share the reading.
+
+    Core would meet it too, within ``only_data``, but deep in a collective and without a word for the user.
+    """
+    found = mesh.gather(first_refused(pickled_parts(folder)[mesh.rank :: mesh.world]))
+    problem = mesh.share(next(filter(None, found), None) if found else None)
+    if problem is not None:
+        raise problem
 
 
 def has_optimizer(folder: Path) -> bool:
@@ -124,7 +273,7 @@ def _model_states(engine: Engine) -> dict[str, dict]:
 def _sharded_state(engine: Engine, is_loading: bool) -> dict:
     state = _model_states(engine)
     if engine.optimizer is not None:
-        with _unpadded_positions(engine):
+        with _unpadded_positions(engine), nullcontext() if is_loading else _ungathered(engine):
             state["optimizer"] = engine.optimizer.sharded_state_dict(
                 dict(state), is_loading=is_loading, metadata=_metadata(engine)
             )
@@ -175,6 +324,44 @@ def _unpadded_positions(engine: Engine) -> Iterator[None]:
             buffer.param_index_map = index
 
 
+class _ByPosition(dict):
+    """An optimizer's own tensors, by where core looks for them among gathered ones."""
+
+    def __getitem__(self, place: slice) -> torch.Tensor:
+        return super().__getitem__(place.start)
+
+
+@contextmanager
+def _ungathered(engine: Engine) -> Iterator[None]:
+    """Spares core its copies of the optimizer's state in a data-parallel group of one, while it cuts it into tensors.
+
+    There each tensor is whole already, and core would copy all of them four times over (distrib_optimizer.py,
+    get_parameter_state_dp_zero) while the training waits.
+    """
+    lone = [
+        part for part in _optimizers(engine) if hasattr(part, "gbuf_ranges") and part.data_parallel_group.size() == 1
+    ]
+    for part in lone:
+        part.get_parameter_state_dp_zero = partial(_own_state, part)
+    try:
+        yield
+    finally:
+        for part in lone:
+            del part.get_parameter_state_dp_zero
+
+
+def _own_state(part, **options) -> dict:
+    """What core's ``get_parameter_state_dp_zero`` returns, without a copy. The positions must be those without padding."""
+    state: dict = {}
+    for number, (buffer, ranges) in enumerate(zip(part.buffers, part.gbuf_ranges, strict=True)):
+        found: dict[str, _ByPosition] = {}
+        for parameter, (start, *_) in buffer.param_index_map.items():
+            for name, tensor in part._get_main_param_and_optimizer_states(parameter).items():
+                found.setdefault(name, _ByPosition())[start] = tensor.detach()
+        state[number] = dict.fromkeys(ranges, found)
+    return state
+
+
 def _without_padding(buffer) -> dict:
     """Core's ``{parameter: (start, end, bucket)}`` with the padding of earlier buckets taken out."""
     unpadded_starts = itertools.accumulate((bucket.numel_unpadded for bucket in buffer.buckets), initial=0)
@@ -198,16 +385,19 @@ def _make_moments(engine: Engine) -> None:
 
 def _take_weights(engine: Engine, loaded: dict) -> None:
     for key, chunk in zip(_chunk_keys(engine), engine.core_chunks, strict=True):
+        # Core merges common.pt into what it loads. A module of Transformer Engine would unpickle a state of that name.
+        unasked = [name for name in loaded[key] if name.endswith(EXTRA_STATE)]
+        if unasked:
+            raise CheckpointError("checkpoint", unasked, "is no tensor, and would be unpickled; do not load it")
         missing, unexpected = chunk.load_state_dict(loaded[key], strict=False)
-        missing = [name for name in missing if not name.endswith("_extra_state")]
+        missing = [name for name in missing if not name.endswith(EXTRA_STATE)]
         if missing or unexpected:
             raise CheckpointError("checkpoint", missing or unexpected, "tensors differ from the model's")
 
 
 def _stored_shapes(folder: Path) -> dict[str, tuple[int, ...]]:
     """Global shapes of the tensors of a checkpoint, by name."""
-    entries = FileSystemReader(folder).read_metadata().state_dict_metadata
-    return {name: tuple(e.size) for name, e in entries.items() if isinstance(e, TensorStorageMetadata)}
+    return {name: tuple(entry.size) for name, entry in read_index(folder).items()}
 
 
 def _check_strict(model_states: dict, folder: Path) -> None:

@@ -165,6 +165,11 @@ class Engine:
         """Which fast ways this engine takes. For one that trains."""
         return fast_paths(self.config, self.core_chunks[0].config, self.chunks[0].ddp_config)
 
+    @property
+    def parameter_bytes(self) -> int:
+        """Bytes of a weight as the model computes with it."""
+        return next(self.core_chunks[0].parameters()).element_size()
+
     def gather_parameters(self) -> None:
         """Makes every rank hold the parameters of the last update: before they are read other than by a training step."""
         if self._gathers_late and self.chunks[0].remove_forward_pre_hook_handles:

@@ -6,6 +6,7 @@ from pathlib import Path
 
 from cpt_mega.errors import InputError
 from cpt_mega.hf.rope import TYPES, RopeShape, is_positive, read_rope
+from cpt_mega.lineage import read_json
 
 # Bookkeeping of transformers: nothing here changes the value of a forward pass over given token ids.
 # fmt: off
@@ -23,7 +24,7 @@ def read_config(hf_dir: str | Path) -> dict:
     """``config.json`` of an HF folder. Raises InputError when it is missing or is not a JSON object."""
     path = Path(hf_dir) / "config.json"
     try:
-        config = json.loads(path.read_text())
+        config = read_json(path)
     except (OSError, UnicodeDecodeError) as error:
         raise InputError("hf", str(path), f"cannot be read ({error}); name a Hugging Face model folder") from error
     except ValueError as error:

@@ -21,7 +21,7 @@ from cpt_mega.errors import CheckpointError, InputError
 from cpt_mega.hf import safetensors_io, torch_dist
 from cpt_mega.hf.config_reader import read_config, with_both_spellings
 from cpt_mega.hf.digests import BackgroundDigests
-from cpt_mega.hf.families import find_family, read_shape, tensor_map
+from cpt_mega.hf.families import read_shape, tensor_map
 from cpt_mega.hf.locate import locate_checkpoint
 from cpt_mega.hf.model_info import (
     HF_FOLDER,
@@ -32,7 +32,7 @@ from cpt_mega.hf.model_info import (
     write_model_info,
 )
 from cpt_mega.hf.safetensors_io import DTYPES, Stored
-from cpt_mega.hf.shape import ModelShape
+from cpt_mega.hf.source import BLOCK_BYTES, HfSource, open_source, read_block
 from cpt_mega.hf.tensor_map import Block, Run, TensorMap
 from cpt_mega.lineage import (
     building_folder,
@@ -46,7 +46,6 @@ from cpt_mega.lineage import (
 
 Progress = Callable[[int, int], None]  # bytes done, bytes in all
 
-BLOCK_BYTES = 64 * 1024**2  # held at once by an import; also the least that a reader of the checkpoint loads at once
 CONFIG = "config.json"
 
 
@@ -96,22 +95,6 @@ class ExportReport(Report):
 # ---------------------------------------------------------------------------------------------------------- import
 
 
-@dataclass(frozen=True)
-class _Source:
-    """An HF folder whose headers were checked against the map of its shape."""
-
-    folder: Path
-    shape: ModelShape
-    map: TensorMap
-    stored: dict[str, Stored]
-    dtype: torch.dtype
-    dropped: dict[str, str]
-
-    @property
-    def files(self) -> list[Path]:
-        return sorted({stored.file for stored in self.stored.values()})
-
-
 def import_hf(hf_dir: str | Path, output: str | Path, progress: Progress | None = None) -> ImportReport:
     """Writes an HF model as a sealed checkpoint folder in the dtype of its files.
 
@@ -125,7 +108,7 @@ def import_hf(hf_dir: str | Path, output: str | Path, progress: Progress | None 
         CheckpointError: the output is not empty.
     """
     started = time.perf_counter()
-    source = _check_source(Path(hf_dir))
+    source = open_source(Path(hf_dir))
     with building_folder(output) as folder, BackgroundDigests() as digests:
         for file in source.files:
             digests.add(file)
@@ -143,71 +126,8 @@ def import_hf(hf_dir: str | Path, output: str | Path, progress: Progress | None 
     return _import_report(source, info, Path(output), time.perf_counter() - started)
 
 
-def _check_source(folder: Path) -> _Source:
-    config = read_config(folder)
-    shape = read_shape(config)
-    mapped = tensor_map(shape)
-    stored = safetensors_io.find_tensors(folder)
-    dropped = _redundant_tensors(shape, stored)
-    _check_names(folder, mapped.sources, stored.keys() - dropped.keys())
-    for name, expected in mapped.sources.items():
-        if stored[name].shape != expected:
-            fix = f"{name} must have shape {list(expected)}, as config.json says; this is not that model's file"
-            raise InputError(f"{stored[name].file}: {name}", list(stored[name].shape), fix)
-    dtype = _one_dtype({name: stored[name] for name in mapped.sources})
-    return _Source(folder, shape, mapped, stored, dtype, dropped)
-
-
-def _redundant_tensors(shape: ModelShape, stored: Mapping[str, Stored]) -> dict[str, str]:
-    """Why by name: tensors that hold nothing of their own. Raises InputError when a tied copy differs."""
-    family = find_family(shape.family)
-    names = {name.format(layer=layer) for name in family.derived for layer in range(shape.layers)}
-    dropped = dict.fromkeys(sorted(names & stored.keys()), "follows from config.json")
-    copy, original = family.tied
-    if shape.tied_embeddings and copy in stored and original in stored:
-        if not _same_bytes(stored[copy], stored[original]):
-            fix = f"differs from {original}, which config.json ties it to; set tie_word_embeddings to false"
-            raise InputError(str(stored[copy].file), copy, fix)
-        dropped[copy] = f"bit-equal to {original}, which it is tied to"
-    return dropped
-
-
-def _same_bytes(one: Stored, other: Stored) -> bool:
-    if (one.dtype, one.shape) != (other.dtype, other.shape) or one.dtype not in DTYPES:
-        return False
-    size = math.prod(one.shape) * DTYPES[one.dtype].itemsize
-    with open(one.file, "rb") as left, open(other.file, "rb") as right:
-        left.seek(one.offset)
-        right.seek(other.offset)
-        pieces = (min(BLOCK_BYTES, size - start) for start in range(0, size, BLOCK_BYTES))
-        return all(left.read(piece) == right.read(piece) for piece in pieces)
-
-
-def _check_names(folder: Path, expected: Mapping[str, tuple], found: Iterable[str]) -> None:
-    """Raises InputError naming the first tensor that is missing or has no place."""
-    missing, extra = sorted(expected.keys() - set(found)), sorted(set(found) - expected.keys())
-    if missing:
-        name, more = missing[0], f" (and {len(missing) - 1} more)" if len(missing) > 1 else ""
-        raise InputError(str(folder), name, f"is missing{more}; expected shape {list(expected[name])}")
-    if extra:
-        more = f" (and {len(extra) - 1} more)" if len(extra) > 1 else ""
-        raise InputError(str(folder), extra[0], f"has no place in a model of this config.json{more}; it would be lost")
-
-
-def _one_dtype(stored: Mapping[str, Stored]) -> torch.dtype:
-    expected = next(iter(stored.values())).dtype
-    for name, tensor in stored.items():
-        if tensor.dtype not in DTYPES:
-            raise InputError(f"{tensor.file}: {name}", tensor.dtype, f"supported dtypes: {', '.join(DTYPES)}")
-        if tensor.dtype != expected:
-            raise InputError(
-                f"{tensor.file}: {name}", tensor.dtype, f"must be {expected}, as the tensors before it are"
-            )
-    return DTYPES[expected]
-
-
 def _write_checkpoint(
-    source: _Source, folder: Path, written: Callable[[Path], None], progress: Progress | None
+    source: HfSource, folder: Path, written: Callable[[Path], None], progress: Progress | None
 ) -> None:
     scratch = safetensors_io.Scratch()
     itemsize = source.dtype.itemsize
@@ -218,26 +138,13 @@ def _write_checkpoint(
         def make(block: Block) -> torch.Tensor:
             nonlocal done
             tensor = scratch.tensor(block.shape, source.dtype)
-            _read_block(block, tensor, source.stored, files)
+            read_block(block, tensor, source.stored, files)
             done += block.elements * itemsize
             if progress:
                 progress(done, total)
             return tensor
 
         torch_dist.write_blocks(folder, blocks, source.dtype, make, written)
-
-
-def _read_block(
-    block: Block, tensor: torch.Tensor, stored: Mapping[str, Stored], files: safetensors_io.OpenFiles
-) -> None:
-    if sum(run.rows for run in block.runs) < block.rows:
-        tensor.zero_()  # padding
-    content, row_bytes = safetensors_io.tensor_bytes(tensor), block.target.row_elements * tensor.itemsize
-    for run in block.runs:
-        start = (run.row - block.row) * row_bytes
-        place = stored[run.name]
-        piece = content[start : start + run.rows * row_bytes]
-        safetensors_io.read_into(files[place.file], piece, place.offset + run.name_row * row_bytes)
 
 
 def _base_digest(files: Iterable[Path], digests: BackgroundDigests) -> str:
@@ -252,7 +159,7 @@ def _seal(folder: Path, digests: BackgroundDigests) -> None:
     seal_folder(folder, measured | measure_files(folder, set(names) - set(data)))
 
 
-def _import_report(source: _Source, info: ModelInfo, output: Path, seconds: float) -> ImportReport:
+def _import_report(source: HfSource, info: ModelInfo, output: Path, seconds: float) -> ImportReport:
     return ImportReport(
         source=str(source.folder),
         output=str(output),
@@ -329,18 +236,28 @@ def _check_checkpoint(folder: Path) -> _Checkpoint:
     small = {name: entry for name, entry in sealed.items() if not name.endswith(".distcp")}
     if damaged := damaged_files(folder, small):
         raise CheckpointError("checkpoint", str(folder), f"{damaged[0]} is missing or damaged; name another checkpoint")
+    info, config = check_model_files(folder)
+    mapped, index = tensor_map(info.shape), torch_dist.read_index(folder)
+    ignored = [key for key in index if key.startswith("optimizer.")]
+    dtype = check_index(folder, mapped, {key: entry for key, entry in index.items() if key not in set(ignored)})
+    return _Checkpoint(folder, info, config, mapped, dtype, len(ignored), sealed)
+
+
+def check_model_files(folder: Path) -> tuple[ModelInfo, dict]:
+    """``model.json`` and ``hf/config.json`` of a checkpoint. Raises InputError when one cannot be read, or they disagree."""
     info = read_model_info(folder)
     config = read_config(folder / HF_FOLDER)
     if read_shape(config) != info.shape:
         raise CheckpointError("checkpoint", str(folder), "model.json and config.json disagree; import again")
-    mapped, index = tensor_map(info.shape), torch_dist.read_index(folder)
-    ignored = [key for key in index if key.startswith("optimizer.")]
-    dtype = _check_index(folder, mapped, {key: entry for key, entry in index.items() if key not in set(ignored)})
-    return _Checkpoint(folder, info, config, mapped, dtype, len(ignored), sealed)
+    return info, config
 
 
-def _check_index(folder: Path, mapped: TensorMap, index: Mapping[str, TensorStorageMetadata]) -> torch.dtype:
-    """The dtype of the model's tensors. Raises CheckpointError naming the first that does not fit the map."""
+def check_index(folder: Path, mapped: TensorMap, index: Mapping[str, TensorStorageMetadata]) -> torch.dtype:
+    """The dtype of the model's tensors. Raises CheckpointError naming the first that does not fit the map.
+
+    Args:
+        index: of all tensors but the optimizer's.
+    """
     missing, extra = sorted(mapped.targets.keys() - index.keys()), sorted(index.keys() - mapped.targets.keys())
     if missing or extra:
         fix = f"{missing[0]} is missing" if missing else f"{extra[0]} has no place in this family"

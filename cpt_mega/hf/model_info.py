@@ -3,14 +3,13 @@
 An import writes them; a trainer's checkpoints carry copies, so that any of them can be exported on its own.
 """
 
-import json
 import shutil
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from cpt_mega.errors import CheckpointError, InputError
 from cpt_mega.hf.shape import ModelShape
-from cpt_mega.lineage import file_digest, write_json
+from cpt_mega.lineage import file_digest, read_json, write_json
 
 MODEL_FILE = "model.json"
 HF_FOLDER = "hf"
@@ -43,7 +42,7 @@ def read_model_info(checkpoint_dir: str | Path) -> ModelInfo:
     """Raises CheckpointError when ``model.json`` is missing, of another format or incomplete."""
     path = Path(checkpoint_dir) / MODEL_FILE
     try:
-        value = json.loads(path.read_text())
+        value = read_json(path)
         if value.pop("format") != FORMAT:
             raise ValueError(f"format is not {FORMAT}")
         return ModelInfo(**{**value, "shape": ModelShape.from_json(value["shape"])})

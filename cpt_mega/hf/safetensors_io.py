@@ -17,6 +17,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from cpt_mega.errors import InputError
+from cpt_mega.lineage import is_local_name, read_json
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
@@ -64,13 +65,16 @@ def find_tensors(hf_dir: str | Path) -> dict[str, Stored]:
 
 
 def _read_index(path: Path) -> dict[str, str]:
-    """File name by tensor name. Files are plain names: an index cannot reach outside its folder."""
+    """File name by tensor name. Files are plain names: an index cannot reach outside its folder.
+
+    Links are followed wherever they lead: the cache of Hugging Face's hub is made of them.
+    """
     try:
-        owners = dict(json.loads(path.read_text())["weight_map"])
+        owners = dict(read_json(path)["weight_map"])
     except (ValueError, KeyError, TypeError) as error:
         raise InputError("hf", str(path), f"is not a safetensors index ({error!r})") from error
     for name, file in owners.items():
-        if not isinstance(file, str) or Path(file).name != file or not file.endswith(".safetensors"):
+        if not is_local_name(file) or "/" in file or not file.endswith(".safetensors"):
             raise InputError(str(path), {name: file}, "weight_map must name .safetensors files of the same folder")
     return owners
 

@@ -264,6 +264,10 @@ class TensorMap:
         """Elements that only the checkpoint holds."""
         return sum(math.prod(target.global_shape) for target in self.targets.values()) - self.parameters
 
+    def real_rows(self, key: str) -> int:
+        """Rows of an entry of a core tensor that HF tensors have; those after them are padding."""
+        return max(run.row + run.rows for (name, _), runs in self._runs.items() if name == key for run in runs)
+
     def runs(self, key: str, entry: Shape, start: int, end: int) -> Iterator[Run]:
         """What core rows [start, end) of one entry are made of."""
         for run in self._runs[key, entry]:

@@ -8,6 +8,7 @@ Source of the layout: megatron/core/dist_checkpointing/core.py and strategies/to
 """
 
 import math
+import pickle
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,6 @@ from torch.distributed.checkpoint import FileSystemReader, FileSystemWriter
 from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner, DefaultSavePlanner
 from torch.distributed.checkpoint.metadata import (
     ChunkStorageMetadata,
-    Metadata,
     MetadataIndex,
     TensorProperties,
     TensorStorageMetadata,
@@ -35,17 +35,21 @@ from torch.distributed.checkpoint.planner import (
 from cpt_mega.errors import CheckpointError
 from cpt_mega.hf.safetensors_io import Scratch
 from cpt_mega.hf.tensor_map import Block
+from cpt_mega.hf.untrusted import COMMON_FILE, read_metadata
 from cpt_mega.lineage import write_json
 
 FORMAT_FILE = "metadata.json"
-COMMON_FILE = "common.pt"
-INDEX_FILE = ".metadata"
 FORMAT = {
     "sharded_backend": "torch_dist",
     "sharded_backend_version": 1,
     "common_backend": "torch",
     "common_backend_version": 1,
 }
+# What torch raises for bytes that are no tensor, or not the one that the index says. Anything else is the caller's.
+_UNREADABLE = (
+    *(RuntimeError, EOFError, KeyError, ValueError, FileNotFoundError, AssertionError),
+    *(pickle.UnpicklingError, AttributeError, TypeError),
+)
 MAX_FILE_BYTES = 4 * 1024**3  # files that another process can digest, or a file system can stripe, while the next grows
 
 
@@ -119,20 +123,9 @@ def _write_item(block: Block, dtype: torch.dtype) -> WriteItem:
 def read_index(folder: Path) -> dict[str, TensorStorageMetadata]:
     """Shape, dtype and chunks of every tensor of a checkpoint, by key; values that are not tensors are left out.
 
-    Raises CheckpointError when the index cannot be read.
+    Raises CheckpointError as ``untrusted.read_metadata`` does.
     """
-    metadata = _read_metadata(FileSystemReader(folder))
-    return {
-        key: entry for key, entry in metadata.state_dict_metadata.items() if isinstance(entry, TensorStorageMetadata)
-    }
-
-
-def _read_metadata(reader: FileSystemReader) -> Metadata:
-    try:
-        return reader.read_metadata()
-    except Exception as error:  # a pickle fails in any way it likes
-        path = str(Path(reader.checkpoint_id) / INDEX_FILE)
-        raise CheckpointError("checkpoint", path, f"the index cannot be read ({error!r}); name another") from error
+    return TensorReader(folder).index
 
 
 class _ChunkPlanner(DefaultLoadPlanner):
@@ -154,28 +147,56 @@ def read_chunks(
     keys: Iterable[str],
     dtype: torch.dtype,
     take: Callable[[str, tuple[int, ...], torch.Tensor], None],
+    share: tuple[int, int] = (0, 1),
 ) -> None:
     """Reads whole tensors chunk by chunk, each stored chunk once, whatever layout wrote it.
 
     Args:
+        share: ``(k, n)`` reads every n-th chunk from the k-th on, for n processes that read together.
         dtype: what values are converted to.
         take: called with key, offsets in the global tensor, and the chunk; the chunk is overwritten afterwards.
 
     Raises:
         CheckpointError: chunks overlap or leave a gap, or a file cannot be read.
     """
-    reader = FileSystemReader(folder)
-    metadata = _read_metadata(reader)
-    reader.set_up_storage_reader(metadata, True)
-    items = []
-    for key in keys:
-        entry = metadata.state_dict_metadata[key]
-        _check_tiling(folder, key, entry)
-        items += [_read_item(key, chunk) for chunk in entry.chunks]
-    try:
-        reader.read_data(LoadPlan(items), _ChunkPlanner(dtype, take)).wait()
-    except (RuntimeError, EOFError, KeyError, ValueError, FileNotFoundError, AssertionError) as error:
-        raise CheckpointError("checkpoint", str(folder), f"a tensor cannot be read ({_first_line(error)})") from error
+    TensorReader(folder).read(keys, dtype, take, share=share)
+
+
+class TensorReader:
+    """Tensors of a checkpoint, for many reads: its index is read once.
+
+    Attributes:
+        index: what ``read_index`` gives.
+
+    Raises CheckpointError when the index cannot be read.
+    """
+
+    def __init__(self, folder: Path):
+        self._folder, self._reader = folder, FileSystemReader(folder)
+        metadata = read_metadata(folder)
+        self._reader.set_up_storage_reader(metadata, True)
+        entries = metadata.state_dict_metadata.items()
+        self.index = {key: entry for key, entry in entries if isinstance(entry, TensorStorageMetadata)}
+
+    def read(
+        self,
+        keys: Iterable[str],
+        dtype: torch.dtype,
+        take: Callable[[str, tuple[int, ...], torch.Tensor], None],
+        within: range | None = None,
+        share: tuple[int, int] = (0, 1),
+    ) -> None:
+        """As ``read_chunks``; ``within`` leaves out chunks that begin elsewhere along the first dimension."""
+        items = []
+        for key in keys:
+            entry = self.index[key]
+            _check_tiling(self._folder, key, entry)
+            items += [_read_item(key, chunk) for chunk in entry.chunks if within is None or chunk.offsets[0] in within]
+        try:
+            self._reader.read_data(LoadPlan(items[share[0] :: share[1]]), _ChunkPlanner(dtype, take)).wait()
+        except _UNREADABLE as error:
+            fix = f"a tensor cannot be read ({_first_line(error)})"
+            raise CheckpointError("checkpoint", str(self._folder), fix) from error
 
 
 def _check_tiling(folder: Path, key: str, entry: TensorStorageMetadata) -> None:

@@ -1,4 +1,4 @@
-"""What hangs on the loop, in the order it runs at a boundary: logging, control, evaluation with its gate, checkpoints.
+"""What hangs on the loop, in the order it runs at a boundary: logging, control, evaluation with its gate.
 
 Times of looks and saves are pure functions of tokens, so a resumed run has them where the uninterrupted one has.
 """
@@ -6,10 +6,10 @@ Times of looks and saves are pure functions of tokens, so a resumed run has them
 import math
 import time
 from collections.abc import Sequence
-from pathlib import Path
 from statistics import fmean
 
-from cpt_mega.checkpoint.store import save_checkpoint
+from cpt_mega.errors import FolderLost
+from cpt_mega.gates.looks import look_due
 from cpt_mega.gates.perplexity import HeldOut, Reading, by_bucket, measure
 from cpt_mega.gates.rules import Verdict, general_perplexity
 from cpt_mega.loop.console import step_line
@@ -34,10 +34,14 @@ class NullCallback:
     def on_end(self, trainer: Trainer) -> None:
         pass
 
+    def on_fault(self, trainer: Trainer) -> None:
+        pass
 
-def crossed(before: int, after: int, interval: int | None) -> bool:
-    """Whether a multiple of ``interval`` lies in (before, after]; never without an interval."""
-    return interval is not None and before // interval < after // interval
+
+def end_if_lost(trainer: Trainer, folder: RunFolder, lost: int) -> None:
+    """Raises FolderLost when the ranks have agreed that the folder is lost, with what only the main one knows of it."""
+    if lost:
+        raise FolderLost(folder.path, trainer.engine.mesh.share(folder.lost))
 
 
 class Logging(NullCallback):
@@ -145,7 +149,7 @@ class Evaluation(NullCallback):
 
     def on_boundary(self, trainer: Trainer, tokens: int) -> None:
         now = trainer.state.tokens
-        due = crossed(now - tokens, now, trainer.config.eval.interval_tokens) or trainer.ends_here
+        due = look_due(trainer.config, now - tokens, now) or trainer.ends_here
         if due and trainer.state.judged_step != trainer.state.step:
             self._judge(trainer)
 
@@ -154,7 +158,9 @@ class Evaluation(NullCallback):
             return
         trainer.settle()
         trainer.state.judged_step = trainer.state.step
-        verdict = self._verdict(trainer, by_bucket(self._look(trainer)))
+        values = by_bucket(self._look(trainer))
+        verdict = self._verdict(trainer, values)
+        self._remember(trainer, values, "none" if verdict is None else verdict.action)
         if verdict is None:
             return
         place = {"step": trainer.state.step, "tokens": trainer.state.tokens}
@@ -162,6 +168,12 @@ class Evaluation(NullCallback):
         if verdict.action == "stop":
             trainer.state.gate_stop = verdict.reason
             trainer.stop("gate_stop", verdict.reason)
+
+    def _remember(self, trainer: Trainer, values: dict[str, float], action: str) -> None:
+        """Puts the look into the state, in place of an earlier one at the same step."""
+        state = trainer.state
+        look = {"step": state.step, "tokens": state.tokens, "perplexity": values, "action": action}
+        state.gate_history = [*(x for x in state.gate_history if x["step"] != state.step), look]
 
     def _verdict(self, trainer: Trainer, now: dict[str, float]) -> Verdict | None:
         limit = trainer.config.gates.general_perplexity_limit
@@ -193,47 +205,21 @@ class Evaluation(NullCallback):
             reporter.scalars(trainer.state.step, scalars)
 
 
-class Checkpoints(NullCallback):
-    """A checkpoint at each interval, on demand (``SAVE``), and at the end of whatever kind."""
-
-    def __init__(self, run_dir: Path, model_files: Path, folder: RunFolder, console):
-        self.run_dir, self.model_files, self.folder, self.console = run_dir, model_files, folder, console
-        self._saved: int | None = None
-
-    def on_start(self, trainer: Trainer) -> None:
-        self._saved = trainer.state.step if trainer.state.step else None
-
-    def on_boundary(self, trainer: Trainer, tokens: int) -> None:
-        now = trainer.state.tokens
-        due = crossed(now - tokens, now, trainer.config.checkpoint.interval_tokens)
-        if due or trainer.save_requested:
-            self._save(trainer)
-
-    def on_end(self, trainer: Trainer) -> None:
-        if trainer.state.step:
-            self._save(trainer)
-
-    def _save(self, trainer: Trainer) -> None:
-        if self._saved == trainer.state.step:
-            return
-        trainer.quiesce()
-        begin = time.perf_counter()
-        path = save_checkpoint(self.run_dir, trainer.engine, trainer.state, self.model_files)
-        self._saved = trainer.state.step
-        if self.folder.writes:
-            self.console.print(f" saved {path} in {time.perf_counter() - begin:.1f} s", style="dim")
-
-
 class Control(NullCallback):
-    """Signals, ``STOP`` and ``SAVE``: all ranks agree at the boundary, in one small reduction a step."""
+    """Signals, ``STOP``, ``SAVE`` and a lost folder: all ranks agree at the boundary, in one small reduction a step."""
 
     def __init__(self, request: StopRequest, folder: RunFolder):
         self.request, self.folder = request, folder
 
     def on_boundary(self, trainer: Trainer, tokens: int) -> None:
-        """Stops the run, or asks for a checkpoint, on all ranks when any of them was asked to."""
-        mine = [self.request.name is not None, self.folder.asked(STOP), self.folder.asked(SAVE)]
-        signalled, stop, save = trainer.engine.mesh.agree_max([int(asked) for asked in mine])
+        """Stops the run, or asks for a checkpoint, on all ranks when any of them was asked to.
+
+        Raises FolderLost on all of them when the run folder is another run's by now.
+        """
+        folder = self.folder
+        mine = [self.request.name is not None, folder.asked(STOP), folder.asked(SAVE), folder.lost is not None]
+        signalled, stop, save, lost = trainer.engine.mesh.agree_max([int(asked) for asked in mine])
+        end_if_lost(trainer, folder, lost)
         trainer.save_requested = bool(save)
         if stop:
             trainer.stop("preempted", "STOP was touched in the run folder")
@@ -241,4 +227,4 @@ class Control(NullCallback):
             trainer.stop("preempted", f"received {self.request.name or 'a signal on another rank'}")
         for name, asked in ((STOP, stop), (SAVE, save)):
             if asked:
-                self.folder.answered(name)
+                folder.answered(name)

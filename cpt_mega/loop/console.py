@@ -7,12 +7,11 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from cpt_mega.checkpoint.restore import Restore
 from cpt_mega.data.sources import Source
 from cpt_mega.engine.fast_paths import FastPath
 
-_COLOURS = {"restored": "green", "fresh": "cyan", "accepted": "yellow", "harmless": "dim"}
-
-
+_COLOURS = {"restored": "green", "fresh": "cyan", "refused": "bold red", "accepted": "yellow", "harmless": "dim"}
 MOST_ODD_ROWS = 5  # said on the console; a corpus may be full of them
 
 
@@ -85,14 +84,17 @@ def step_line(
     )
 
 
-def contract_table(title: str, rows: Sequence[tuple[str, str, str]]) -> Table:
-    """The restore contract."""
+def show_contract(console: Console, restore: Restore) -> None:
+    """The restore contract, and what was passed over on the way to it."""
+    title = f"restore: {restore.start.mode}"
     table = Table(title=title, title_justify="left", box=None, pad_edge=False, header_style="bold")
     for name in ("item", "", "note"):
         table.add_column(name)
-    for item, what, note in rows:
+    for item, what, note in restore.rows:
         table.add_row(item, Text(what, _COLOURS.get(what, "")), note)
-    return table
+    console.print(table)
+    for note in restore.start.notes:
+        console.print(f" {note}", style="yellow")
 
 
 def sources_table(sources: Sequence[Source], shares: Sequence[float]) -> Table:

@@ -2,6 +2,7 @@
 
 import math
 from dataclasses import asdict
+from pathlib import Path
 
 from rich.table import Table
 
@@ -13,8 +14,9 @@ from cpt_mega.engine.mesh import Layout, start_mesh, stop_mesh
 from cpt_mega.engine.plan import plan_ranks
 from cpt_mega.engine.platform import check_layout
 from cpt_mega.hf.model_info import ModelInfo
-from cpt_mega.loop.console import contract_table, make_console, sources_table
+from cpt_mega.loop.console import make_console, show_contract, sources_table
 from cpt_mega.loop.inputs import Inputs, expected_rows, mean_shares, open_inputs, open_stream
+from cpt_mega.loop.lease import holder
 
 
 def print_plan(config: Config, world: int, command: str) -> None:
@@ -31,17 +33,21 @@ def print_plan(config: Config, world: int, command: str) -> None:
     inputs = open_inputs(config, start)
     check_layout(config, inputs.info.shape, world)
     restore = plan_restore(config, start, inputs.lineage, asdict(layout))
-    open_stream(config, inputs.sources, restore.state.stream if restore.state else {})
     console = make_console()
+    show_contract(console, restore)
+    restore.check()
+    open_stream(config, inputs.sources, restore.state.stream if restore.state else {})
     console.print(_model_table(config, inputs, world))
     console.print(_ranks_table(config, inputs.info, world))
-    console.print(contract_table(f"restore: {start.mode}", restore.rows))
     if inputs.sources:
         console.print(sources_table(inputs.sources, mean_shares(config, inputs.sources)))
-    for note in (*start.notes, *inputs.warnings):
+    for note in inputs.warnings:
         console.print(f" {note}", style="yellow")
     for held in inputs.sets:
         console.print(f" evaluates {held.bucket}: {held.name}, {int(held.plan.row_tokens.sum()):,} tokens")
+    owner = holder(Path(config.run.dir))
+    if owner is not None:
+        console.print(f" {config.run.dir} is held by {owner}: a start is refused while that lives", style="yellow")
     console.print(" everything checked; nothing was started", style="bold green")
     console.print(f" next: {command}    # writes {config.run.dir}")
 

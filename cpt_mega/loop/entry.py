@@ -8,7 +8,8 @@ import traceback
 from collections.abc import Callable
 from pathlib import Path
 
-from cpt_mega.errors import CptMegaError, ExitCode, InputError
+from cpt_mega.errors import CptMegaError, ExitCode, FolderLost, InputError
+from cpt_mega.loop.lease import LEASE
 from cpt_mega.loop.noise import quieten
 from cpt_mega.loop.run_folder import RunFolder, ended_since, opened_here, read_status
 
@@ -28,6 +29,8 @@ def guarded(work: Callable[[], int], run_dir: str | None) -> int:
         return _record(run_dir, "config_error", str(error), error.exit_code)
     except CptMegaError as error:
         print(f"{_who()}fault: {error}", file=sys.stderr, flush=True)
+        if isinstance(error, FolderLost):  # the status there is another run's
+            return error.exit_code
         return _record(run_dir, "fault", str(error), error.exit_code)
     except Exception as error:  # a worker must end with the fault code, whatever went wrong
         traceback.print_exc()
@@ -43,8 +46,10 @@ def _record(run_dir: str | None, state: str, reason: str, code: ExitCode) -> int
     if run_dir is not None:
         folder = Path(run_dir)
         before = read_status(folder) or {}
-        # an error in the configuration says nothing of a run that stands in the folder, unless it is this very one
-        mistaken = state == "config_error" and bool(before) and not opened_here(folder)
+        # an error in the configuration says nothing of a run that stands in the folder, unless it is this very one; nor
+        # does an interrupted wait for the run that owns it
+        stands = {"config_error": bool(before), "preempted": (folder / LEASE).exists()}.get(state, False)
+        mistaken = stands and not opened_here(folder)
         if not mistaken and not ended_since(folder, _STARTED):
             keep = (
                 before.get("step", 0),

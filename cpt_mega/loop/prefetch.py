@@ -82,10 +82,11 @@ class Prefetcher:
     def __enter__(self) -> "Prefetcher":
         return self
 
-    def __exit__(self, *error) -> None:
+    def __exit__(self, kind: type | None, error: BaseException | None, trace: object) -> None:
         self._thread.shutdown(wait=True, cancel_futures=True)
-        if not self._ahead.cancelled() and (left := self._ahead.exception()):
-            left.with_traceback(None)  # its frames would keep this, and with it the engine
+        left = None if self._ahead.cancelled() else self._ahead.exception()
+        if left is not None and left is not error:  # nobody will look at it, and its frames would keep the engine
+            left.with_traceback(None)
 
     def _draw(self) -> DrawnBatch:
         dropped, tokens = self._stream.dropped, self._stream.tokens

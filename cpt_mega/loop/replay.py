@@ -55,6 +55,13 @@ def data_entry(config: Config, sources: list[Source], identities: dict[str, str]
     }
 
 
+def entry_terms(entry: dict) -> dict:
+    """What an entry says of the order of rows, but for where it stands and where the corpora lie."""
+    sources = [{"name": spec["name"], "identity": spec["identity"]} for spec in entry["sources"]]
+    apart = ("kind", "time_s", "step", "state")
+    return {**{name: value for name, value in entry.items() if name not in apart}, "sources": sources}
+
+
 @dataclass(frozen=True)
 class SeenPiece:
     """Some tokens of a document in a row: ``start`` to ``start + length`` of document ``document`` of the corpus."""
@@ -80,8 +87,23 @@ class SeenRow:
     packed: PackedRow
 
 
+@dataclass(frozen=True)
+class DrawnRow:
+    """A row by what it is: row ``row`` of what a corpus of this identity packs to. ``source`` is what the run calls it."""
+
+    source: str
+    identity: str
+    packing: str
+    seq_length: int
+    row: int
+
+
 class Replay:
     """The data of a run, from its folder.
+
+    Attributes:
+        entries: of the ledger, about the data that follow a step, by ascending steps.
+        last_step: the last whose numbers are known.
 
     Raises InputError when the folder is not a run's, a corpus is not the one it was trained on, or code that packs
     otherwise wrote it.
@@ -89,7 +111,7 @@ class Replay:
 
     def __init__(self, run_dir: str | Path):
         self.run_dir = Path(run_dir)
-        self._entries = _entries(self.run_dir)
+        self.entries = _entries(self.run_dir)
         self._lines = _lines(self.run_dir)
         self.last_step = _last_step(self.run_dir, self._lines)
         self._opened: dict[tuple, list[Source]] = {}
@@ -100,18 +122,31 @@ class Replay:
         That is how the step is looked at at which a run came to grief. Raises InputError for a step before the folder's first,
         or behind the end of the data.
         """
-        entry = next((entry for entry in reversed(self._entries) if entry["step"] < step), None)
+        stream, entry = self._stream_after(step - 1)
+        return [_seen(stream, ref) for ref in _batch(stream, entry, step)]
+
+    def entry_after(self, step: int) -> dict:
+        """The entry of the ledger by which the data after a step were drawn. Raises InputError before the folder's first."""
+        entry = next((entry for entry in reversed(self.entries) if entry["step"] <= step), None)
         if entry is None:
-            fix = f"this folder's run begins with step {self._entries[0]['step'] + 1}"
-            raise InputError("--step", step, fix)
-        stream = self._stream(entry)
-        before = self._places(stream, entry, step - 1)[-1]
-        stream.go_on_from(before.state())
-        try:
-            ((_, refs),) = islice(_batches(stream, before.step, entry), step - 1 - before.step, step - before.step)
-        except EndOfData as end:
-            raise InputError("--step", step, f"the data end before: {end}") from end
-        return [_seen(stream, ref) for ref in refs]
+            fix = f"this folder's run begins with step {self.entries[0]['step'] + 1}"
+            raise InputError("--step", step + 1, fix)
+        return entry
+
+    def order_after(self, step: int) -> dict:
+        """All that decides which rows follow a step, up to the next entry: where it is equal, so are they."""
+        stream, entry = self._stream_after(step)
+        return {**entry_terms(entry), "state": stream.state.to_json()}
+
+    def drawn(self, after: int, last: int) -> Iterator[list[DrawnRow]]:
+        """The rows of each step after one and up to another, of one entry; no token is read. Raises as ``rows_of``."""
+        stream, entry = self._stream_after(after)
+        identities = [spec["identity"] for spec in entry["sources"]]
+        for step in range(after + 1, last + 1):
+            yield [
+                DrawnRow(stream.sources[at].name, identities[at], entry["packing"], entry["seq_length"], row)
+                for at, row in _batch(stream, entry, step)
+            ]
 
     def when_seen(
         self, source: str, document: int, progress: Callable[[int, int], None] = lambda done, total: None
@@ -120,12 +155,12 @@ class Replay:
 
         ``progress(steps, of all)`` tells how far it is. Raises InputError for a source or document that is not there.
         """
-        ends = [*(entry["step"] for entry in self._entries[1:]), self.last_step]
-        names = {spec["name"] for entry in self._entries for spec in entry["sources"]}
+        ends = [*(entry["step"] for entry in self.entries[1:]), self.last_step]
+        names = {spec["name"] for entry in self.entries for spec in entry["sources"]}
         if source not in names:
             fix = f"the run has no such source; its sources are {', '.join(sorted(names))}"
             raise InputError("--document", source, fix)
-        for entry, end in zip(self._entries, ends, strict=True):
+        for entry, end in zip(self.entries, ends, strict=True):
             stream = self._stream(entry)
             index = next((number for number, one in enumerate(stream.sources) if one.name == source), None)
             if index is None:  # added later, or dropped before
@@ -138,6 +173,16 @@ class Replay:
                     for position, ref in enumerate(refs):
                         for piece in rows.get(ref.row, ()) if ref.source_index == index else ():
                             yield step, position, piece
+
+    def _stream_after(self, step: int) -> tuple[MixedStream, dict]:
+        """A stream that stands where the run's stood after a step, and its entry."""
+        entry = self.entry_after(step)
+        stream = self._stream(entry)
+        place = self._places(stream, entry, step)[-1]
+        stream.go_on_from(place.state())
+        for between in range(place.step + 1, step + 1):
+            _batch(stream, entry, between)
+        return stream, entry
 
     def _places(self, stream: MixedStream, entry: dict, last: int) -> list["_Place"]:
         """Where the stream is known to have stood after an entry and up to a step, in order; the entry itself is the first."""
@@ -227,7 +272,7 @@ def _lines(run_dir: Path) -> list[dict]:
     """The lines of the metrics about steps, ascending; those that a session did again have been taken out."""
     needed = ("step", "tokens_by_source", "epochs_by_source")  # of very many lines
     lines = (line for line in read_lines(run_dir / METRICS) if line.get("kind") == "train")
-    return [{name: line[name] for name in needed} for line in lines]
+    return [{name: line[name] for name in needed} for line in lines if all(name in line for name in needed)]
 
 
 def _last_step(run_dir: Path, lines: list[dict]) -> int:
@@ -248,6 +293,14 @@ def _batches(stream: MixedStream, step: int, entry: dict) -> Iterator[tuple[int,
     while True:
         step += 1
         yield step, stream.next_batch(entry["rows"])
+
+
+def _batch(stream: MixedStream, entry: dict, step: int) -> list[RowRef]:
+    """The rows of a step, of a stream that stands before it."""
+    try:
+        return stream.next_batch(entry["rows"])
+    except EndOfData as end:
+        raise InputError("--step", step, f"the data end before: {end}") from end
 
 
 def _seen(stream: MixedStream, ref: RowRef) -> SeenRow:

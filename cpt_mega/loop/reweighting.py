@@ -1,7 +1,8 @@
 """Weights of sources that are decided during a run."""
 
 from cpt_mega.data.adaptive import adapted_weights
-from cpt_mega.loop.callbacks import NullCallback, crossed
+from cpt_mega.gates.looks import crossed
+from cpt_mega.loop.callbacks import NullCallback
 from cpt_mega.loop.trainer import StepReport, Trainer
 
 

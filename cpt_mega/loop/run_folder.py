@@ -4,21 +4,19 @@ Only the main process writes. ``metrics.jsonl`` holds one line a step and one a 
 """
 
 import contextlib
-import fcntl
 import json
 import math
 import os
-import socket
 import time
 from pathlib import Path
 
 from cpt_mega.errors import ExitCode
 from cpt_mega.lineage import write_json
+from cpt_mega.loop.lease import Lease, LeaseHeld
 
 STATUS = "status.json"
 METRICS = "metrics.jsonl"
 LEDGER = "ledger.jsonl"
-LOCK = ".lock"
 STOP, SAVE = "STOP", "SAVE"
 
 STATE_CODES = {
@@ -34,32 +32,39 @@ _OPENED: set[Path] = set()  # by this process
 
 
 class RunFolder:
-    """Files of one run. ``writes`` is false on every process but the main one, where all calls do nothing."""
+    """Files of one run. Every process but the main one has ``writes`` false, and all calls do nothing there."""
 
     def __init__(self, path: str | Path, writes: bool):
-        self.path, self.writes = Path(path), writes
-        self._metrics = self._lock = None
+        self.path, self._may_write = Path(path), writes
+        self._metrics = self._lease = None
+
+    @property
+    def writes(self) -> bool:
+        """Whether this process writes here: the main one does, until the folder is another run's."""
+        return self._may_write and self.lost is None
+
+    @property
+    def lost(self) -> str | None:
+        """Who has a folder that this process had claimed, as a part of a sentence; None as long as nobody else has."""
+        return None if self._lease is None else self._lease.lost
 
     def claim(self) -> str | None:
-        """Makes the folder this process' own for as long as it lives; why it cannot be, or None.
-
-        The lock is the kernel's (flock), so it ends with the process however that ends.
-        """
+        """Makes the folder this process' own until ``close``; why it cannot be, or None. May wait for a minute (lease.py)."""
         if not self.writes:
             return None
         try:
             self.path.mkdir(parents=True, exist_ok=True)
-            self._lock = open(self.path / LOCK, "a+")  # noqa: SIM115 (held until the process ends)
-            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            self._lock.seek(0)
-            return f"another run is writing here ({self._lock.read().strip()}); wait for it, or name another run.dir"
+            self._lease = Lease.take(self.path)
+        except LeaseHeld as owner:
+            return f"another run is writing here ({owner}); wait for it, or name another run.dir"
         except OSError as error:
             return f"cannot be written ({error.strerror}); name another"
-        self._lock.truncate(0)
-        self._lock.write(f"pid {os.getpid()} on {socket.gethostname()}\n")
-        self._lock.flush()
         return None
+
+    def renew_claim(self) -> None:
+        """Renews the claim out of turn: ``lost`` then says what is so now, not what was so at the last heartbeat."""
+        if self._lease is not None:
+            self._lease.beat()
 
     def open(self, config_yaml: str, ranks: list[dict] | None, sources: list[dict], step: int | None) -> None:
         """Makes the folder, writes config.yaml, ranks.json and sources.json, and drops the metrics of what will be done again.
@@ -101,7 +106,7 @@ class RunFolder:
 
     def metric(self, line: dict) -> None:
         """Appends a line to ``metrics.jsonl``."""
-        if self._metrics is not None:
+        if self._metrics is not None and self.writes:
             self._metrics.write(json.dumps(line) + "\n")
 
     def decide(self, line: dict) -> None:
@@ -126,9 +131,10 @@ class RunFolder:
 
     def close(self) -> None:
         """Ends the metrics and gives the folder up."""
-        for stream in (self._metrics, self._lock):
-            if stream is not None:
-                stream.close()
+        if self._metrics is not None:
+            self._metrics.close()
+        if self._lease is not None:
+            self._lease.release()
 
 
 def read_status(run_dir: str | Path) -> dict | None:

@@ -14,7 +14,8 @@ from pathlib import Path
 import numpy as np
 from rich.progress import Progress
 
-from cpt_mega.checkpoint.store import STATE_FILE, checkpoint_problem, read_state
+from cpt_mega.checkpoint.store import checkpoint_problem
+from cpt_mega.checkpoint.trainer_state import STATE_FILE, read_state
 from cpt_mega.config import Config
 from cpt_mega.config.load import build_config
 from cpt_mega.engine.fast_paths import apply_environment

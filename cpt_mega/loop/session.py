@@ -4,6 +4,7 @@ import os
 import shutil
 import socket
 from collections.abc import Sequence
+from contextlib import closing
 from dataclasses import asdict
 from pathlib import Path
 
@@ -11,7 +12,9 @@ import torch
 from rich.console import Console
 
 from cpt_mega.checkpoint.restore import Restore, apply_restore, find_start, plan_restore
-from cpt_mega.checkpoint.store import TrainerState
+from cpt_mega.checkpoint.saving import weights_name
+from cpt_mega.checkpoint.store import iteration_name
+from cpt_mega.checkpoint.trainer_state import TrainerState
 from cpt_mega.config import Config, resolved_yaml
 from cpt_mega.engine.fast_paths import FastPath
 from cpt_mega.engine.memory import explained
@@ -19,10 +22,15 @@ from cpt_mega.engine.mesh import Mesh, start_mesh, stop_mesh
 from cpt_mega.engine.platform import check_layout
 from cpt_mega.engine.step import Engine
 from cpt_mega.errors import InputError
+from cpt_mega.gates.selection import best_step
 from cpt_mega.hf.convert import export_hf
+from cpt_mega.hf.locate import CHECKPOINTS
+from cpt_mega.hf.weights import ModelNames
 from cpt_mega.lineage import code_version, new_run_id
-from cpt_mega.loop.callbacks import Checkpoints, Control, Evaluation, Logging
-from cpt_mega.loop.console import DataEvents, contract_table, fast_paths_table, make_console, sources_table
+from cpt_mega.loop.callbacks import Control, Evaluation, Logging
+from cpt_mega.loop.checkpoints import Checkpoints, complete_steps
+from cpt_mega.loop.console import DataEvents, fast_paths_table, make_console, show_contract, sources_table
+from cpt_mega.loop.hangs import HangWatch
 from cpt_mega.loop.housekeeping import Housekeeping, collected_together
 from cpt_mega.loop.inputs import Inputs, mean_shares, open_inputs, open_stream
 from cpt_mega.loop.profiling import Profiling
@@ -62,20 +70,31 @@ def _run(config: Config, mesh: Mesh, request: StopRequest, command: str, clock: 
     problem = mesh.share(folder.claim())
     if problem is not None:
         raise InputError("run.dir", config.run.dir, problem)
+    watch = HangWatch(config.run, mesh.rank)
     try:
-        return _run_claimed(config, mesh, folder, request, command, clock)
+        with watch.watching():
+            return _run_claimed(config, mesh, folder, request, command, clock, watch)
     finally:
         folder.close()
 
 
 def _run_claimed(
-    config: Config, mesh: Mesh, folder: RunFolder, request: StopRequest, command: str, clock: StartUp
+    config: Config,
+    mesh: Mesh,
+    folder: RunFolder,
+    request: StopRequest,
+    command: str,
+    clock: StartUp,
+    watch: HangWatch,
 ) -> tuple[str, str]:
     console, layout = make_console(), asdict(mesh.layout)
     start = find_start(config, mesh)
     inputs = open_inputs(config, start)
     check_layout(config, inputs.info.shape, mesh.world)
     restore = plan_restore(config, start, inputs.lineage, layout)
+    if mesh.is_main:
+        show_contract(console, restore)
+    restore.check()
     clock.mark("data")
     with explained(config):
         engine = Engine(config, inputs.info.shape, mesh)
@@ -83,13 +102,13 @@ def _run_claimed(
     apply_restore(restore, engine)
     clock.mark("restore")
 
+    names = ModelNames.of(inputs.info.shape)
     state = _trainer_state(config, restore, inputs.lineage, layout, mesh)
+    if restore.state is None:
+        state.lineage["parent_weights"] = weights_name(engine, names)
     stream = open_stream(config, inputs.sources, state.stream)  # the last thing that may be refused
-    ranks = mesh.gather({"rank": mesh.rank, "host": socket.gethostname(), "pid": os.getpid()})
-    shares = mean_shares(config, inputs.sources)
-    sources = [s.described() | {"share": share} for s, share in zip(inputs.sources, shares, strict=True)]
-    folder.open(resolved_yaml(config), ranks, sources, state.step if restore.state else None)
-    status = Status(folder, state, command, config.checkpoint.export_hf == "final")
+    _open_folder(folder, config, inputs, mesh, state.step if restore.state else None)
+    status = Status(folder, state, command, config.checkpoint.export_hf != "none")
     status.write("running", "")
     reporters = open_reporters(config, folder.path, state.run_id, state.step) if mesh.is_main else []
     clock.mark("loggers")
@@ -107,37 +126,46 @@ def _run_claimed(
             events(line)
 
     trainer = Trainer(config, engine, stream, state, decide=decide)
+    checkpoints = Checkpoints(start.folder, names, folder, console, state.step if restore.same_run else None)
     trainer.callbacks = [
         Logging(folder, reporters, console),
         Profiling(config.profile, folder.path, mesh.rank, console),
         Control(request, folder),
+        watch,
         Housekeeping(),
         AdaptiveWeights(),
         Evaluation(inputs.sets, folder, reporters, console),
-        Checkpoints(folder.path, start.folder, folder, console),
+        checkpoints,
         status,
     ]
-    with collected_together(config.train.gc_interval_steps), explained(config, engine):
+    with closing(checkpoints), collected_together(config.train.gc_interval_steps), explained(config, engine):
         outcome = trainer.run()
     if mesh.is_main:
         _conclude(console, config, folder, outcome, status)
+    if outcome[0] != "finished":
+        mesh.share(None)  # with any other code one process' end is the others': the status comes first
     return outcome
 
 
 def _conclude(console: Console, config: Config, folder: RunFolder, outcome: tuple[str, str], status: Status) -> None:
     """The export, if one is asked for, and only then the final status: who sees ``finished`` finds everything there."""
-    if outcome[0] == "finished" and config.checkpoint.export_hf == "final":
-        console.print(f" exported {_export(folder.path)}", style="dim")
+    if outcome[0] == "finished" and config.checkpoint.export_hf != "none":
+        chosen, why = folder.path, ""
+        if config.checkpoint.export_hf == "best":
+            best = best_step(status.state.gate_history, complete_steps(folder.path))
+            if best is not None:
+                chosen, why = chosen / CHECKPOINTS / iteration_name(best), ", the best that no gate objected to,"
+        console.print(f" exported {chosen}{why} to {_export(folder.path, chosen)}", style="dim")
     status.write(*outcome)
     console.print(f" {outcome[0]}: {outcome[1]}", style="bold green" if outcome[0] == "finished" else "bold yellow")
     console.print(f" next: {status.next_command(outcome[0])}")
 
 
-def _export(run_dir: Path) -> Path:
-    """The newest checkpoint as ``run.dir/export``, in place of an older one, which stands until the new one does."""
+def _export(run_dir: Path, chosen: Path) -> Path:
+    """A checkpoint as ``run.dir/export``, in place of an older one, which stands until the new one does."""
     target, building = run_dir / "export", run_dir / ".export-building"
     shutil.rmtree(building, ignore_errors=True)
-    export_hf(run_dir, building)
+    export_hf(chosen, building)
     shutil.rmtree(target, ignore_errors=True)
     os.rename(building, target)
     return target
@@ -145,17 +173,36 @@ def _export(run_dir: Path) -> Path:
 
 def _trainer_state(config: Config, restore: Restore, lineage: dict, layout: dict, mesh: Mesh) -> TrainerState:
     """The restored state under today's layout, configuration and lineage, or that of a new run."""
-    state = restore.state or TrainerState(run_id=mesh.share(new_run_id()), parent=str(restore.start.folder))
+    state = restore.state or TrainerState("", "")
+    if not restore.same_run:
+        state.run_id, state.parent = mesh.share(new_run_id()), str(restore.start.folder)
+        state.lineage["parent_weights"] = state.lineage.get("weights")
     before = state.lineage.get("corpora", {})  # a source that is dropped keeps its cursor, so it keeps its name too
+    began = state.lineage.get("began") if restore.same_run else restore.start.mode
     code = mesh.share(code_version() if mesh.is_main else None)
     state.lineage = {
         **lineage,
         "corpora": {**before, **lineage["corpora"]},
         "code": code,
         "restore": restore.start.mode,
+        "began": began,
+        "parent_weights": state.lineage.get("parent_weights"),
     }
     state.layout, state.config = layout, config.model_dump(mode="json")
     return state
+
+
+def _open_folder(folder: RunFolder, config: Config, inputs: Inputs, mesh: Mesh, step: int | None) -> None:
+    """Begins to write there; ``step``: the one the run goes on from. A collective."""
+    ranks = mesh.gather({"rank": mesh.rank, "host": socket.gethostname(), "pid": os.getpid()})
+    shares = mean_shares(config, inputs.sources)
+    sources = [s.described() | {"share": share} for s, share in zip(inputs.sources, shares, strict=True)]
+    folder.open(resolved_yaml(_without_acceptance(config)), ranks, sources, step)
+
+
+def _without_acceptance(config: Config) -> Config:
+    """What was accepted once is no licence for who starts from the run's ``config.yaml``."""
+    return config.model_copy(update={"restore": config.restore.model_copy(update={"accept": ()})})
 
 
 def _introduce(
@@ -173,8 +220,7 @@ def _introduce(
         f" {shape.family}, {shape.layers} layers, hidden {shape.hidden_size} | {mesh.layout.name} | {config.precision}"
     )
     console.print(words, style="bold")
-    console.print(contract_table(f"restore: {restore.start.mode}", restore.rows))
-    for note in (*restore.start.notes, *inputs.warnings):
+    for note in inputs.warnings:
         console.print(f" {note}", style="yellow")
     if inputs.sources:
         console.print(sources_table(inputs.sources, mean_shares(config, inputs.sources)))

@@ -2,7 +2,7 @@
 
 import shlex
 
-from cpt_mega.checkpoint.store import TrainerState
+from cpt_mega.checkpoint.trainer_state import TrainerState
 from cpt_mega.loop.callbacks import NullCallback
 from cpt_mega.loop.run_folder import LEDGER, RunFolder
 from cpt_mega.loop.trainer import Trainer
@@ -32,6 +32,8 @@ class Status(NullCallback):
             return f"python -m cpt_mega.score --checkpoint {export} --input ROWS.jsonl --output SCORES.jsonl"
         if state == "finished":
             return f"python tools/export_hf.py --checkpoint {run} --output {export}"
+        if state == "preempted":  # what was accepted stands in the checkpoint now, and is no licence for other changes
+            return self.command.partition(" --accept ")[0]
         ledger = shlex.quote(str(self.folder.path / LEDGER))
         return f"tail -n 3 {ledger}" if state == "gate_stop" else self.command
 

@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass, field
 from functools import partial
 from typing import Protocol
 
-from cpt_mega.checkpoint.store import TrainerState
+from cpt_mega.checkpoint.trainer_state import TrainerState
 from cpt_mega.config import Config
 from cpt_mega.config.schedule import LearningRate
 from cpt_mega.data.stream import EndOfData, MixedStream, RowRef
@@ -55,6 +55,9 @@ class Callback(Protocol):
         """
 
     def on_end(self, trainer: "Trainer") -> None: ...
+
+    def on_fault(self, trainer: "Trainer") -> None:
+        """A step went wrong, which all ranks know: collectives may be made, and what earlier steps began be completed."""
 
 
 @dataclass
@@ -134,7 +137,11 @@ class Trainer:
             return
         begin = time.perf_counter()
         result = launched.pending.wait()
-        self._check_finite(launched.step, result)
+        problem = _not_finite(launched.step, result)
+        if problem is not None:
+            for callback in self.callbacks:
+                callback.on_fault(self)
+            raise FaultError(problem)
         report = StepReport(
             launched.step,
             launched.batch.real_tokens,
@@ -189,8 +196,7 @@ class Trainer:
                 try:
                     launched = self._launch(batches)
                 except EndOfData as end:
-                    # the thread's result keeps the error, whose traceback would keep this frame, and with it the model
-                    self._data_ended = str(end.with_traceback(None))
+                    self._data_ended = str(end)
                     self._at_boundary(0)
                     break
                 self.settle()  # the step before, while this one is under way
@@ -244,10 +250,12 @@ class Trainer:
             entry[1] += targets
         return {name: loss / targets for name, (loss, targets) in sums.items() if targets}
 
-    def _check_finite(self, step: int, result: StepResult) -> None:
-        for name, value in (("loss", result.loss), ("gradient norm", result.grad_norm)):
-            if not math.isfinite(value):
-                raise FaultError(
-                    f"{name} is {value} at step {step}: nothing was saved after the last checkpoint; "
-                    "lower optimizer.lr, or look at the rows of this step"
-                )
+
+def _not_finite(step: int, result: StepResult) -> str | None:
+    for name, value in (("loss", result.loss), ("gradient norm", result.grad_norm)):
+        if not math.isfinite(value):
+            return (
+                f"{name} is {value} at step {step}: nothing was saved after the last checkpoint; "
+                "lower optimizer.lr, or look at the rows of this step"
+            )
+    return None

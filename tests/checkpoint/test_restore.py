@@ -1,17 +1,24 @@
 """What a restore takes over, what it starts afresh, and what it refuses by name."""
 
-import fcntl
+import itertools
 import json
+import os
 import shutil
+import socket
+import subprocess
+import sys
 
-import numpy as np
 import pytest
 import torch
+import yaml
 
 from cpt_mega.data.packing import PACKING_VERSION
 from cpt_mega.hf.convert import export_hf, import_hf
 from cpt_mega.lineage import COMPLETE, MANIFEST, file_digest, seal_folder
+from cpt_mega.loop.lease import Lease
+from tests.helpers.hostile import COMMON, INDEX, OBJECT, PARTS, hostile_copy, payloads
 from tests.helpers.jobsite import checkpoint_tensors, metrics, random_documents, write_documents
+from tests.helpers.models import tiny_llama
 from tests.helpers.workers import JobFailed
 
 
@@ -76,6 +83,31 @@ def test_moments_come_along_into_a_new_run_with_their_step_count(workers, jobsit
     assert states[1]["lineage"]["restore"] == "weights+moments"
 
 
+# What a contract has a line for, whatever the mode.
+ITEMS = [
+    "weights",
+    "master weights",
+    "optimizer moments",
+    "run id",
+    "step",
+    "tokens",
+    "learning-rate schedule",
+    "data cursors",
+    "generators",
+    "gate history",
+    "anomaly window",
+    "FP8 scales",
+]
+
+
+LAYOUTS_AT_RATE_ZERO = {
+    "one": (1, []),
+    "dp2": (2, []),
+    "tp2_sp": (2, ["parallel.tp=2", "parallel.sp=true"]),
+    "pp2": (2, ["parallel.pp=2"]),
+}
+
+
 def _groups(folder):
     """The optimizer's parameter groups in a checkpoint."""
     return torch.load(folder / "common.pt", weights_only=False)["optimizer"]["optimizer"]["param_groups"]
@@ -98,21 +130,39 @@ def test_settings_of_adam_are_those_of_the_configuration(workers, jobsite, stopp
     assert found == [((0.5, 0.95), 1e-4, 0.25), ((0.5, 0.95), 1e-4, 0.0)]
 
 
-def test_a_step_at_rate_zero_changes_no_weight(workers, jobsite, tmp_path):
+def _at_rate_zero():
+    """Each optimizer, precision and sharding; the quick ones have every value of each in them."""
+    quick = ("one-fp32-replicated", "one-bf16-distributed", "dp2-bf16-replicated")
+    quick += ("tp2_sp-bf16-distributed", "pp2-fp32-distributed")
+    for case in itertools.product(LAYOUTS_AT_RATE_ZERO, ("fp32", "bf16"), ("distributed", "replicated")):
+        name = "-".join(case)
+        yield pytest.param(*case, id=name, marks=() if name in quick else pytest.mark.full)
+
+
+@pytest.mark.parametrize(("layout", "precision", "optimizer"), list(_at_rate_zero()))
+def test_a_step_at_rate_zero_changes_no_weight(workers, jobsite, stopped, tmp_path, layout, precision, optimizer):
     """A stale fp32 master copy would show here: after a weights-only restore it must follow the weights."""
-    for precision in ("fp32", "bf16"):
-        words = [
-            f"precision={precision}",
-            "optimizer.lr=1e-30",
-            "optimizer.weight_decay=0",
-            "train.tokens=200",
-            "schedule.warmup_tokens=0",
-        ]
-        _train(workers, jobsite, tmp_path / precision, *words)
-        before = checkpoint_tensors(jobsite.checkpoint)
-        after = checkpoint_tensors(tmp_path / precision / "checkpoints" / "iter_0000001")
-        for name, tensor in before.items():
-            assert np.array_equal(tensor.to(after[name].dtype).float().numpy(), after[name].float().numpy()), name
+    world, overrides = LAYOUTS_AT_RATE_ZERO[layout]
+    words = [
+        *overrides,
+        f"run.dir={tmp_path / 'run'}",
+        f"model.checkpoint={stopped}",
+        "restore.mode=weights",
+        f"precision={precision}",
+        f"train.distributed_optimizer={str(optimizer == 'distributed').lower()}",
+        "optimizer.lr=0",
+        "train.tokens=200",
+        "schedule.warmup_tokens=0",
+    ]
+    workers(world).run("train", config=jobsite.config, overrides=words)
+    before = checkpoint_tensors(stopped / "checkpoints" / "iter_0000001")
+    after = checkpoint_tensors(tmp_path / "run" / "checkpoints" / "iter_0000001")
+    names = [name for name in before if not name.startswith("optimizer.")]
+    assert names and any(".exp_avg." in name and tensor.any() for name, tensor in after.items())  # a step was made
+    for name in names:
+        assert torch.equal(before[name].to(after[name].dtype), after[name]), name
+        master = after.get(f"optimizer.state.param.{name}")
+        assert master is None or torch.equal(master.to(after[name].dtype), after[name]), name
 
 
 def test_weights_do_not_go_into_a_run_that_has_checkpoints(workers, jobsite, stopped):
@@ -131,9 +181,67 @@ def test_another_experiment_is_refused_unless_accepted(workers, jobsite, stopped
     field = change.partition("=")[0]
     words = [f"model.checkpoint={stopped}", "restore.mode=full", change]
     refusal = _refused(workers, jobsite, tmp_path / "run", *words)
-    assert refusal.startswith(f"train: {field} = ") and f"restore.accept=[{field}]" in refusal
+    assert refusal.startswith(f"train: {field} = ") and f"--accept {field}" in refusal
     assert _train(workers, jobsite, tmp_path / "run", *words, f"restore.accept=[{field}]")[0] == "finished"
     assert metrics(tmp_path / "run", "train")[0]["step"] == 2
+
+
+def test_what_was_accepted_once_is_no_licence_for_the_next_start(workers, jobsite, stopped, tmp_path):
+    shutil.copytree(stopped, tmp_path / "run")
+    _train(workers, jobsite, tmp_path / "run", "train.tokens=500", "restore.accept=[train.tokens]")
+    config = yaml.safe_load((tmp_path / "run" / "config.yaml").read_text())
+    assert config["restore"]["accept"] == [] and config["train"]["tokens"] == 500
+    assert "--accept train.tokens" in _refused(workers, jobsite, tmp_path / "run", "train.tokens=900")
+
+
+def test_a_run_that_goes_on_in_another_folder_is_another_run(workers, jobsite, stopped, tmp_path):
+    words = [f"model.checkpoint={stopped}", "restore.mode=full"]
+    _train(workers, jobsite, tmp_path / "fork", *words)
+    shutil.copytree(stopped, tmp_path / "same")
+    _train(workers, jobsite, tmp_path / "same")
+    first = stopped / "checkpoints" / "iter_0000001"
+    was = json.loads((first / "trainer_state.json").read_text())
+    newest = [max((tmp_path / name / "checkpoints").glob("iter_*")) for name in ("fork", "same")]
+    fork, same = (json.loads((folder / "trainer_state.json").read_text()) for folder in newest)
+    assert fork["run_id"] != was["run_id"] and fork["parent"] == str(first)
+    assert fork["lineage"]["parent_weights"] == was["lineage"]["weights"] and fork["lineage"]["began"] == "full"
+    assert same["run_id"] == was["run_id"] and same["parent"] == was["parent"]
+    assert same["lineage"]["began"] == "weights" and same["lineage"]["restore"] == "full"
+
+
+def test_an_older_checkpoint_of_the_very_run_is_not_named_in_vain(workers, jobsite, stopped, tmp_path):
+    shutil.copytree(stopped, tmp_path / "run")
+    _train(workers, jobsite, tmp_path / "run")
+    older = f"model.checkpoint={tmp_path}/run/checkpoints/iter_0000001"
+    assert "goes on from its newest checkpoint" in _refused(
+        workers, jobsite, tmp_path / "run", older, "restore.mode=full"
+    )
+
+
+def test_everything_that_is_refused_is_shown_before_the_first_of_it_ends_the_start(jobsite, stopped):
+    words = ["optimizer.lr=2e-2", "train.seed=7", "train.distributed_optimizer=false", "logging.interval_steps=9"]
+    command = [
+        sys.executable,
+        "-m",
+        "cpt_mega.train",
+        "--config",
+        jobsite.config,
+        "--dry-run",
+        f"run.dir={stopped}",
+        *words,
+    ]
+    done = subprocess.run([*command, "--accept", "train.seed"], capture_output=True, text=True)
+    assert done.returncode == 2
+    assert "(1 more in the table above; what can be accepted: --accept optimizer.lr)" in done.stderr
+    found = dict(
+        line.split()[:2] for line in done.stdout.splitlines() if line.startswith(("optimizer.", "train.", "logging."))
+    )
+    assert found == {
+        "optimizer.lr": "refused",
+        "train.seed": "accepted",
+        "train.distributed_optimizer": "refused",
+        "logging.interval_steps": "harmless",
+    }
 
 
 def test_the_other_optimizer_cannot_go_on(workers, jobsite, stopped, tmp_path):
@@ -146,6 +254,7 @@ def test_harmless_differences_are_listed_and_taken(workers, jobsite, stopped, tm
     assert _train(workers, jobsite, tmp_path / "run", *words)[0] == "finished"
     ledger = [json.loads(line) for line in (tmp_path / "run" / "ledger.jsonl").read_text().splitlines()]
     rows = {item: what for item, what, _ in ledger[0]["rows"]}
+    assert [item for item, *_ in ledger[0]["rows"]][: len(ITEMS)] == ITEMS
     assert rows["logging.interval_steps"] == rows["train.micro_batch_size"] == "harmless"
     assert rows["optimizer moments"] == rows["data cursors"] == rows["generators"] == "restored"
 
@@ -205,22 +314,28 @@ def test_missing_and_damaged_starts_are_refused(workers, jobsite, tmp_path):
     assert "import it first" in _refused(workers, jobsite, tmp_path / "run", f"model.checkpoint={jobsite.hf}")
 
 
-def test_a_run_goes_on_as_the_model_it_was(workers, jobsite, tmp_path):
-    """model.checkpoint is where a run started; naming another model there changes nothing of a run that has begun."""
+def test_a_run_goes_on_as_the_model_it_was(workers, jobsite, stopped, tmp_path):
+    """model.checkpoint is where a run started: once it has begun it may be gone, but not be another model."""
     other = tmp_path / "other"
     shutil.copytree(jobsite.hf, other / "hf")
     config = json.loads((other / "hf" / "config.json").read_text())
-    (other / "hf" / "config.json").write_text(json.dumps({**config, "rms_norm_eps": 0.1}))
+    config |= {
+        "rms_norm_eps": 0.1,
+        "rope_parameters": {**config["rope_parameters"], "rope_theta": 5e5},
+        "rope_theta": 5e5,
+    }
+    (other / "hf" / "config.json").write_text(json.dumps(config))
     import_hf(other / "hf", other / "import")
-    losses = []
-    for name, words in (("run_same", []), ("run_other", [f"model.checkpoint={other}/import"])):
-        run = tmp_path / name
-        run.mkdir()
-        (run / "STOP").touch()
-        _train(workers, jobsite, run)
-        assert _train(workers, jobsite, run, *words)[0] == "finished"
-        losses.append([line["loss"] for line in metrics(run, "train")])
-    assert losses[0] == losses[1]
+    shutil.copytree(stopped, tmp_path / "run")
+    refusal = _refused(workers, jobsite, tmp_path / "run", f"model.checkpoint={other}/import")
+    assert refusal.startswith("train: model norm_eps = 0.1") and "more in the table above" in refusal
+    same_shape = tmp_path / "base"
+    tiny_llama(same_shape / "hf", num_hidden_layers=4, vocab_size=jobsite.vocab_size, initializer_range=0.02, seed=1)
+    import_hf(same_shape / "hf", same_shape / "import")
+    words = ["--accept model.checkpoint", "another base"]
+    refusal = _refused(workers, jobsite, tmp_path / "run", f"model.checkpoint={same_shape}/import")
+    assert all(word in refusal for word in words)
+    assert _train(workers, jobsite, tmp_path / "run", f"model.checkpoint={tmp_path}/gone")[0] == "finished"
 
 
 def test_the_export_of_an_extended_run_is_the_extended_model(workers, jobsite, tmp_path):
@@ -232,7 +347,7 @@ def test_the_export_of_an_extended_run_is_the_extended_model(workers, jobsite, t
     assert file_digest(run / "export" / "model.safetensors") != first
     export_hf(run, tmp_path / "again")
     assert file_digest(run / "export" / "model.safetensors") == file_digest(tmp_path / "again" / "model.safetensors")
-    assert sorted(path.name for path in run.iterdir() if path.name.startswith(".")) == [".lock"]
+    assert [path.name for path in run.iterdir() if path.name.startswith(".")] == []
 
 
 def test_moving_a_corpus_is_no_change(workers, jobsite, stopped, tmp_path):
@@ -247,11 +362,11 @@ def test_moving_a_corpus_is_no_change(workers, jobsite, stopped, tmp_path):
 def test_two_runs_in_one_folder_are_refused(workers, jobsite, tmp_path):
     run = tmp_path / "run"
     run.mkdir()
-    with open(run / ".lock", "w") as lock:
-        lock.write("pid 1 on there\n")
-        lock.flush()
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        assert "another run is writing here (pid 1 on there)" in _refused(workers, jobsite, run)
+    lease = Lease.take(run)
+    assert f"another run is writing here (pid {os.getpid()} on {socket.gethostname()})" in _refused(
+        workers, jobsite, run
+    )
+    lease.release()
     assert _train(workers, jobsite, run)[0] == "finished"
 
 
@@ -264,5 +379,16 @@ def test_an_option_that_did_not_exist_then_has_its_default(workers, jobsite, sto
     (folder / "trainer_state.json").write_text(json.dumps(state))
     seal_folder(folder)
     said = _refused(workers, jobsite, tmp_path / "run", "core.decoupled_lr=1e-3")
-    assert "core.decoupled_lr = 0.001" in said and "restore.accept=[core.decoupled_lr]" in said
+    assert "core.decoupled_lr = 0.001" in said and "--accept core.decoupled_lr" in said
     assert _train(workers, jobsite, tmp_path / "run")[0] == "finished"
+
+
+@pytest.mark.parametrize("part", [INDEX, COMMON, OBJECT])
+@pytest.mark.parametrize("mode", ["weights", "full"])
+def test_a_checkpoint_runs_nothing(workers, jobsite, stopped, tmp_path, mode, part):
+    start, canary = next((stopped / "checkpoints").glob("iter_*")), tmp_path / "canary"
+    folder = hostile_copy(start, tmp_path / "hostile", part, payloads(canary)["posix.system"])
+    words = [f"model.checkpoint={folder}", f"restore.mode={mode}"]
+    refusal = _refused(workers, jobsite, tmp_path / "run", *words)
+    assert str(folder / PARTS[part]) in refusal and "wants to load posix.system" in refusal
+    assert not canary.exists()  # tests/hf/test_untrusted.py shows that each would be made by torch alone

@@ -1,6 +1,7 @@
 """Checkpoint folders: complete and verifiable, or passed over."""
 
 import json
+import shutil
 
 import pytest
 
@@ -9,12 +10,23 @@ from tests.helpers.jobsite import metrics, status
 from tests.helpers.workers import JobFailed
 
 
-@pytest.fixture
-def run(workers, jobsite, tmp_path):
-    """A finished run with a checkpoint at each of its steps."""
-    overrides = [f"run.dir={tmp_path / 'run'}", "checkpoint.interval_tokens=200"]
+@pytest.fixture(scope="module")
+def finished(workers, jobsite, tmp_path_factory):
+    run = tmp_path_factory.mktemp("store") / "run"
+    overrides = [f"run.dir={run}", "checkpoint.interval_tokens=200"]
     workers(1).run("train", config=jobsite.config, overrides=overrides)
-    return tmp_path / "run"
+    return run
+
+
+@pytest.fixture
+def run(finished):
+    """A finished run with a checkpoint at each of its steps, at its place, to be spoilt."""
+    kept = finished.with_name("kept")
+    if not kept.exists():
+        shutil.copytree(finished, kept)
+    shutil.rmtree(finished)
+    shutil.copytree(kept, finished)
+    return finished
 
 
 def _again(workers, jobsite, run, *overrides):
@@ -32,13 +44,23 @@ def test_every_file_is_sealed_and_nothing_else_is_left(run):
     for folder in folders:
         assert is_complete(folder)
         files = sealed_files(folder)
-        assert {"model.json", "hf/config.json", "trainer_state.json", ".metadata", "metadata.json"} <= files.keys()
+        assert {
+            "model.json",
+            "hf/config.json",
+            "trainer_state.json",
+            "fingerprints.json",
+            ".metadata",
+            "metadata.json",
+        } <= files.keys()
         assert damaged_files(folder, files) == []
     tracker = (run / "checkpoints" / "latest_checkpointed_iteration.txt").read_text()
     assert tracker.strip() == str(len(folders))
     lineage = json.loads((folders[-1] / "trainer_state.json").read_text())["lineage"]
     digests = {"base_digest", "tokenizer_digest", "corpora", "eval"}
-    assert digests | {"packing_version", "code", "libraries", "restore"} == lineage.keys()
+    assert (
+        digests | {"packing_version", "code", "libraries", "restore", "began", "weights", "parent_weights"}
+        == lineage.keys()
+    )
 
 
 @pytest.mark.parametrize("damage", ["flip", "cut", "remove", "unseal"])

@@ -59,7 +59,9 @@ REFUSED = {
     "train.dropout=1.5": ("train.dropout", "less than or equal to 1"),
     "precision=fp16": ("precision", "'fp32', 'bf16'"),
     "parallel.sp=true": ("parallel.sp", "parallel.tp above 1"),
-    "optimizer.lr=0": ("optimizer.lr", "greater than 0"),
+    "optimizer.lr=-1": ("optimizer.lr", "greater than or equal to 0"),
+    "restore.accept=[optimizer.lrr]": ("restore.accept", "did you mean 'optimizer.lr'"),
+    "restore.accept=[everything]": ("restore.accept", "no such option"),
     "optimizer.lr=.nan": ("optimizer.lr", "finite"),
     "optimizer.min_lr=1": ("optimizer.min_lr", "must not exceed optimizer.lr"),
     "schedule.warmup_tokens=2e6": ("schedule.warmup_tokens", "must not exceed train.tokens"),
@@ -116,12 +118,48 @@ def test_a_missing_file_is_refused(tmp_path):
         load_config(tmp_path / "none.yaml")
 
 
-def test_every_option_has_help_and_survives_its_wrong_type(config):
+WRONG = [
+    *("{a: {b: 1}}", "[[1]]", "{}", "[]", "[null]", "{1: 2}", "text", "''", "'\\x00'", "true", "null", "2026-11-22"),
+    *("0", "1", "-1", "1.5", "-0.5", ".nan", ".inf", "-.inf", "1e30", "9" * 40, "!!binary aGVsbG8="),
+]
+# What an entry of a list needs beside the option in question.
+ENTRIES = {
+    "data.sources": {"name": "a", "path": "b", "role": "domain"},
+    "eval.sets": {"path": "a", "bucket": "domain"},
+    "data.curriculum": {"tokens": "0", "weights": "{a: 1}"},
+}
+# Refused under the name of the option that does not go with it.
+PARTNERS = {"train.micro_batch_size": "train.global_batch_size", "profile.end": "profile.start"}
+
+
+def _word(name: str, value: str) -> str:
+    section, listed, leaf = name.partition("[].")
+    if not listed:
+        return f"{name}={value}"
+    entry = {**ENTRIES[section], leaf: value}
+    return f"{section}=[{{{', '.join(f'{key}: {text}' for key, text in entry.items())}}}]"
+
+
+def test_every_option_has_help_and_no_value_of_any_ends_otherwise_than_in_a_line(config, tmp_path):
     options = list(describe_options())
     assert len(options) > 45
     for name, _, _, text in options:
         assert text, name
-        if "[]" in name:
-            continue
-        with pytest.raises(InputError):
-            load_config(config, [f"{name}={{a: {{b: 1}}}}"])
+        refused = 0
+        for value in WRONG:
+            word = _word(name, value)
+            try:
+                loaded = load_config(config, [word])
+            except InputError as error:
+                refused += 1
+                assert "\n" not in str(error) and error.fix, word
+                assert error.field.startswith((name.partition("[]")[0], PARTNERS.get(name, name))), (word, str(error))
+            else:  # then it is a value of that option, and reads back
+                (tmp_path / "resolved.yaml").write_text(resolved_yaml(loaded))
+                assert load_config(tmp_path / "resolved.yaml") == loaded, word
+        assert refused > len(WRONG) // 2, name
+
+
+def test_a_default_that_does_not_go_with_an_option_is_shown(config):
+    with pytest.raises(InputError, match=r"train.global_batch_size = 8: must be a multiple of train.micro_batch_size"):
+        load_config(config, ["train.micro_batch_size=3"])

@@ -91,7 +91,7 @@ def test_a_corpus_that_is_no_shard_is_refused(tmp_path, make):
         merge_shards(str(tmp_path / "c"))
 
 
-@pytest.mark.parametrize("content", ["{", "[]", "[1]", '"x"'])
+@pytest.mark.parametrize("content", ["{", "[]", "[1]", '"x"', '["a", "../b"]', '["/b"]', '[""]', "[" * 100_000])
 def test_a_damaged_list_of_shards_is_named(tmp_path, content):
     shards_path(tmp_path / "c").write_text(content)
     with pytest.raises(InputError, match="c.shards.json.*merge_shards"):

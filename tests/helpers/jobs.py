@@ -1,12 +1,24 @@
 """What worker processes do for tests, through public doors; arguments and results are JSON."""
 
 import gc
+import io
+import itertools
+import os
+import shutil
+import signal
+import threading
 import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, redirect_stderr, redirect_stdout
+from dataclasses import replace
 from pathlib import Path
 
+import psutil
 import torch
 import torch.distributed as dist
 
+from cpt_mega.checkpoint.saving import CheckpointSave, weights_name
+from cpt_mega.checkpoint.trainer_state import TrainerState
 from cpt_mega.config import load_config
 from cpt_mega.config.load import build_config
 from cpt_mega.config.schema import ParallelOptions
@@ -17,21 +29,63 @@ from cpt_mega.engine.memory import explained
 from cpt_mega.engine.mesh import start_mesh, stop_mesh
 from cpt_mega.engine.platform import check_layout
 from cpt_mega.engine.precision import precision_fields
+from cpt_mega.engine.reach import exchange
 from cpt_mega.engine.replicas import differing_replicas
-from cpt_mega.engine.state import load_weights
+from cpt_mega.engine.state import EngineSave, filesystem_async, load_everything, load_weights
 from cpt_mega.engine.step import Engine
 from cpt_mega.errors import FaultError, InputError
 from cpt_mega.hf.locate import locate_checkpoint
 from cpt_mega.hf.model_info import read_model_info
 from cpt_mega.hf.shape import ModelShape
+from cpt_mega.hf.weights import ModelNames
+from cpt_mega.loop import hangs, lease
 from cpt_mega.loop.housekeeping import collected_together
+from cpt_mega.loop.run_folder import METRICS, read_lines
 from cpt_mega.loop.scoring import score_file
 from cpt_mega.loop.session import run_session
+from cpt_mega.train import main
 
 
 def train(config: str, overrides: list[str]) -> list[str]:
     """A whole run, as ``python -m cpt_mega.train`` has it; returns ``[state, reason]``."""
     return list(run_session(load_config(config, overrides), "the same command"))
+
+
+def reach(world: int, wait_s: float) -> float:
+    """An exchange between processes as if each were a machine."""
+    address = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
+    return exchange(address, int(os.environ["RANK"]), world, wait_s)
+
+
+def command(words: list[str]) -> list:
+    """``python -m cpt_mega.train`` with these words; returns its exit code and what it printed."""
+    with redirect_stdout(io.StringIO()) as out, redirect_stderr(io.StringIO()) as err:
+        code = main(words)
+    return [code, out.getvalue(), err.getvalue()]
+
+
+def train_and_lose_the_folder(config: str, overrides: list[str]) -> list[str]:
+    """A run whose folder is taken by ``pid 7 on elsewhere`` after its first steps; the error that it ends with."""
+    options, lease_s = load_config(config, overrides), lease.BEAT_S
+    folder = Path(options.run.dir)
+
+    def lose() -> None:
+        while not (folder / METRICS).is_file() or len(read_lines(folder / METRICS)) < 2:
+            time.sleep(0.01)
+        other = replace(lease.Owner.here(), host="elsewhere", pid=7)
+        (folder / "new").write_bytes(other.document(0))
+        os.replace(folder / "new", folder / lease.LEASE)
+
+    lease.BEAT_S = 0.02
+    if os.environ["RANK"] == "0":
+        threading.Thread(target=lose, daemon=True).start()
+    try:
+        run_session(options, "the same command")
+    except FaultError as error:
+        return [type(error).__name__, str(error)]
+    finally:
+        lease.BEAT_S = lease_s
+    return []
 
 
 def score(checkpoint: str, source: str, target: str, overrides: list[str]) -> int:
@@ -183,17 +237,185 @@ def load_folder(config: str, folder: str) -> None:
         stop_mesh()
 
 
-def train_with_a_reader_that_fails(config: str, overrides: list[str], rows: int) -> None:
-    """A run whose corpus can no longer be read after some rows of this process."""
-    read, left = MixedStream.read, iter(range(rows))
+@contextmanager
+def _saver(config: str, overrides: list[str]):
+    """An engine with a checkpoint's weights, and what begins a save of it at a step."""
+    options = load_config(config, overrides)
+    mesh = start_mesh(options.parallel, options.train.seed)
+    try:
+        start = locate_checkpoint(options.model.checkpoint)
+        info = read_model_info(start)
+        engine, names = Engine(options, info.shape, mesh), ModelNames.of(info.shape)
+        load_weights(engine, start)
 
-    def failing(stream, ref):
-        if next(left, None) is None:
-            raise OSError("the disk is gone")
-        return read(stream, ref)
+        def begin(step: int) -> CheckpointSave:
+            state = TrainerState("run", "parent", step=step)
+            return CheckpointSave(Path(options.run.dir), engine, state, start, names)
 
-    MixedStream.read = failing
+        yield engine, begin
+    finally:
+        stop_mesh()
+
+
+def _spoil(engine: Engine, value: float) -> None:
+    """Every weight and every moment overwritten, in place."""
+    with torch.no_grad():
+        for chunk in engine.core_chunks:
+            for parameter in chunk.parameters():
+                parameter.fill_(value)
+        for part in getattr(engine.optimizer, "chained_optimizers", [engine.optimizer]):
+            for state in part.optimizer.state.values():
+                for moment in ("exp_avg", "exp_avg_sq"):
+                    state[moment].fill_(value)
+
+
+def save_and_overwrite(config: str, overrides: list[str]) -> str:
+    """Everything is overwritten as soon as a save has begun; returns the folder."""
+    with _saver(config, overrides) as (engine, begin):
+        save = begin(1)
+        _spoil(engine, 777.0)
+        return str(save.to_its_end())
+
+
+def load_and_save(config: str, overrides: list[str], source: str) -> str:
+    """A checkpoint's whole state, taken up at this layout and saved again; returns the folder."""
+    with _saver(config, overrides) as (engine, begin):
+        load_everything(engine, Path(source), same_layout=False)
+        return str(begin(1).to_its_end())
+
+
+def save_twice_with_moved_storage(config: str, overrides: list[str]) -> list[str]:
+    """A save, then all weights in other memory with other values, then a save; returns both folders."""
+    with _saver(config, overrides) as (engine, begin):
+        folders = [begin(1).to_its_end()]
+        for chunk in engine.core_chunks:
+            for parameter in chunk.parameters():
+                parameter.data = parameter.data.clone() + 1
+        folders.append(begin(2).to_its_end())
+        return [str(folder) for folder in folders]
+
+
+def save_torn(config: str, overrides: list[str], how: str) -> None:
+    """A save of which something else than the run's tensors comes to disk."""
+    write, write_item = EngineSave.write, filesystem_async._write_item
+    if how == "writer killed":
+        filesystem_async._write_item = lambda *args, **options: os.kill(os.getpid(), signal.SIGKILL)
+    with _saver(config, overrides) as (engine, begin):
+
+        def torn(save: EngineSave) -> dict:
+            if how == "stale":
+                for _, _, (_, tensors) in save._buckets:
+                    tensors[-1][1].view(-1)[-1] += 1
+            found = write(save)
+            if how == "flipped" and engine.mesh.is_main:
+                building = next(Path(load_config(config, overrides).run.dir).glob("checkpoints/.building*"))
+                file = building / "__0_0.distcp"
+                content = bytearray(file.read_bytes())
+                values = [p.detach().flatten()[:8].numpy().tobytes() for p in engine.core_chunks[0].parameters()]
+                places = [content.find(value) for value in values]
+                content[max(places)] ^= 1
+                file.write_bytes(content)
+            if how == "killed" and engine.mesh.is_main:
+                os.kill(os.getpid(), signal.SIGKILL)
+            if how == "failed" and engine.mesh.is_main:
+                raise OSError("the disk is gone")
+            return found
+
+        EngineSave.write = torn
+        try:
+            save = begin(1)
+            while not save.is_ready() or save.proceed() is None:
+                time.sleep(0.01)
+        finally:
+            EngineSave.write, filesystem_async._write_item = write, write_item
+
+
+def train_on_a_full_disk(config: str, overrides: list[str]) -> None:
+    """A run whose disk has a kilobyte left."""
+    usage = shutil.disk_usage
+    shutil.disk_usage = lambda path: usage(path)._replace(free=1024)
     try:
         run_session(load_config(config, overrides), "the same command")
     finally:
+        shutil.disk_usage = usage
+
+
+def save_through_a_signal_to_all(config: str, overrides: list[str]) -> str:
+    """A save, and SIGTERM to every process of it while it is written, as a scheduler sends it; returns its folder."""
+    with _saver(config, overrides) as (_, begin):
+        before = psutil.Process().children(recursive=True)
+        save = begin(1)
+        (writer,) = set(psutil.Process().children(recursive=True)) - set(before)
+        writer.send_signal(signal.SIGTERM)
+        return str(save.to_its_end())
+
+
+def memory_of_saves(config: str, overrides: list[str], saves: int) -> list[int]:
+    """Resident bytes of this process after each of some saves."""
+    sizes = []
+    with _saver(config, overrides) as (_, begin):
+        for step in range(1, saves + 1):
+            shutil.rmtree(begin(step).to_its_end())
+            sizes.append(psutil.Process().memory_info().rss)
+    return sizes
+
+
+def name_of_weights(config: str, overrides: list[str]) -> str:
+    """The name of the model that an engine holds."""
+    with _saver(config, overrides) as (engine, _):
+        return weights_name(engine, ModelNames.of(engine.shape))
+
+
+@contextmanager
+def _each_row_read(first: Callable[[int], None]) -> Iterator[None]:
+    """Calls ``first(number)`` before this process reads its so many-th row."""
+    read, numbers = MixedStream.read, itertools.count()
+
+    def reading(stream, ref):
+        first(next(numbers))
+        return read(stream, ref)
+
+    MixedStream.read = reading
+    try:
+        yield
+    finally:
         MixedStream.read = read
+
+
+def train_with_a_process_that_hangs(config: str, overrides: list[str], rows: int, hangs_s: float) -> None:
+    """A run in which the last process waits for its corpus, after some rows, for longer than the others wait for it."""
+
+    def hanging(number):
+        if number == rows and dist.get_rank() == dist.get_world_size() - 1:
+            time.sleep(hangs_s)
+
+    with _each_row_read(hanging):
+        train(config, overrides)
+
+
+def train_slowly_and_fail(config: str, overrides: list[str], rows: int, slow_s: float) -> None:
+    """A run with one row that takes longer than a watchdog waits that is set too short, and one later that cannot be read."""
+
+    def slow(number):
+        if number == rows:
+            time.sleep(slow_s)
+        if number == rows + 15:
+            raise OSError("the disk is gone")
+
+    share, hangs._SHARE = hangs._SHARE, 0.05
+    try:
+        with _each_row_read(slow):
+            train(config, overrides)
+    finally:
+        hangs._SHARE = share
+
+
+def train_with_a_reader_that_fails(config: str, overrides: list[str], rows: int) -> None:
+    """A run whose corpus can no longer be read after some rows of this process."""
+
+    def failing(number):
+        if number >= rows:
+            raise OSError("the disk is gone")
+
+    with _each_row_read(failing):
+        train(config, overrides)

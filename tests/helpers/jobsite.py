@@ -80,10 +80,10 @@ def write_documents(prefix: Path, documents: list[list[int]]) -> None:
             writer.add(np.array(document, dtype=np.uint16))
 
 
-def metrics(run: str | Path, kind: str) -> list[dict]:
-    """Lines of ``metrics.jsonl`` of one kind."""
+def metrics(run: str | Path, kind: str | None = None) -> list[dict]:
+    """Lines of ``metrics.jsonl``, of one kind or all."""
     lines = (json.loads(line) for line in (Path(run) / "metrics.jsonl").read_text().splitlines())
-    return [line for line in lines if line["kind"] == kind]
+    return [line for line in lines if kind in (None, line["kind"])]
 
 
 def status(run: str | Path) -> dict:

@@ -4,6 +4,8 @@ A job is a function of ``tests.helpers.jobs`` with JSON arguments; every rank ru
 returned, or raises what any of them raised. A group that fails or hangs is killed, whole, and started again.
 """
 
+import contextlib
+import faulthandler
 import gc
 import importlib
 import json
@@ -12,6 +14,7 @@ import signal
 import socket
 import subprocess
 import sys
+import time
 import traceback
 from pathlib import Path
 from threading import Timer
@@ -41,8 +44,8 @@ class Workers:
         """Runs ``tests.helpers.jobs.<job>(**arguments)`` on every rank; returns the results in rank order."""
         if not self._processes:
             self._start()
-        line = json.dumps({"job": job, "arguments": arguments, "port": _free_port()}) + "\n"
-        timer = Timer(timeout_s, self._kill)
+        line = json.dumps({"job": job, "arguments": arguments, "port": free_port()}) + "\n"
+        timer = Timer(timeout_s, self._kill_hung)
         timer.start()
         try:
             for process in self._processes:
@@ -65,7 +68,7 @@ class Workers:
         if failed:
             raise JobFailed(failed[0]["kind"], f"{job}: {failed[0]['error']}")
         if None in replies:
-            raise JobFailed("Timeout", f"{job}: a process ended or took too long; see {self.log_folder}")
+            raise JobFailed("Timeout", f"{job}: a process ended or took too long\n{self._last_words()}")
         most = max(reply["threads"] for reply in replies)
         if most > MOST_THREADS:
             self._kill()
@@ -95,6 +98,18 @@ class Workers:
                 )
             )
 
+    def _kill_hung(self) -> None:
+        """Each process first writes where its threads are into its log; forked ones too."""
+        for process in self._processes:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGUSR1)
+        time.sleep(2)
+        self._kill()
+
+    def _last_words(self) -> str:
+        logs = sorted(self.log_folder.glob(f"world{self.world}_rank*.log"))
+        return "\n".join(f"{log.name}:\n{log.read_text(errors='replace')[-6000:]}" for log in logs)
+
     def _kill(self) -> None:
         processes, self._processes = self._processes, []
         for process in processes:  # the whole session: a checkpoint writer's helpers outlive it otherwise
@@ -107,7 +122,7 @@ class Workers:
             process.stdin.close()
 
 
-def _free_port() -> int:
+def free_port() -> int:
     """Each job forms its groups anew, at a port of its own."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
@@ -118,6 +133,7 @@ def _serve() -> None:
     """One rank: reads jobs from standard input, answers on the original standard output; prints go to the log."""
     answers = os.fdopen(os.dup(1), "w", buffering=1)
     os.dup2(2, 1)
+    faulthandler.register(signal.SIGUSR1)
     jobs = importlib.import_module("tests.helpers.jobs")
     for line in sys.stdin:
         request = json.loads(line)

@@ -1,6 +1,5 @@
 """What a run leaves: metrics, reporters under the field's names, and the plan of a dry run."""
 
-import fcntl
 import json
 import os
 import re
@@ -12,6 +11,7 @@ from pathlib import Path
 import pytest
 import yaml
 
+from cpt_mega.loop.lease import Lease
 from tests.helpers.jobsite import metrics, status
 
 ROOT = Path(__file__).resolve().parent.parent.parent
@@ -93,7 +93,7 @@ def test_a_set_that_is_added_later_gets_a_baseline_then(workers, jobsite, tmp_pa
     assert ledger[-1]["rule"] == "general_perplexity_limit"
 
 
-def test_a_dry_run_prints_the_plan_and_starts_nothing(jobsite, tmp_path):
+def test_a_dry_run_prints_the_plan_and_starts_nothing(workers, jobsite, tmp_path):
     run = tmp_path / "run"
     words = [f"run.dir={run}", "parallel.tp=2", "parallel.pp=2", "parallel.sp=true", "restore.accept=[train.tokens]"]
     done = _cli("--config", jobsite.config, "--dry-run", "--world-size", "8", *words)
@@ -101,8 +101,25 @@ def test_a_dry_run_prints_the_plan_and_starts_nothing(jobsite, tmp_path):
     assert "8: TP 2 x PP 2 x DP 2" in done.stdout and "nothing was started" in done.stdout
     assert "'restore.accept=[train.tokens]'    # writes" in done.stdout  # a command to paste, brackets and all
     assert not run.exists()
-    refused = _cli("--config", jobsite.config, "--dry-run", "--world-size", "6", *words)
-    assert refused.returncode == 2 and "multiple of 4 processes" in refused.stderr
+    run.mkdir()
+    lease = Lease.take(run)
+    accepting = [
+        "--config",
+        jobsite.config,
+        "--dry-run",
+        "--accept",
+        "data",
+        "--accept",
+        "train.seed",
+        f"run.dir={run}",
+    ]
+    _, out, _ = workers(1).run("command", words=accepting)[0]
+    lease.release()
+    assert "--accept data --accept train.seed    # writes" in out
+    assert f"is held by pid {os.getpid()} on " in out
+    refused = ["--config", jobsite.config, "--dry-run", "--world-size", "6", *words]
+    code, _, err = workers(1).run("command", words=refused)[0]
+    assert code == 2 and "multiple of 4 processes" in err
 
 
 @pytest.mark.parametrize(
@@ -121,8 +138,9 @@ def test_a_dry_run_prints_the_plan_and_starts_nothing(jobsite, tmp_path):
     ids=lambda words: " ".join(words) or "plain",
 )
 def test_a_dry_run_counts_the_steps_that_the_run_takes(workers, jobsite, tmp_path, words):
-    done = _cli("--config", jobsite.config, "--dry-run", *words)
-    said = int(re.search(r"about ([0-9,]+) of 8 rows", done.stdout)[1])
+    code, out, err = workers(1).run("command", words=["--config", jobsite.config, "--dry-run", *words])[0]
+    assert code == 0, err
+    said = int(re.search(r"about ([0-9,]+) of 8 rows", out)[1])
     overrides = [f"run.dir={tmp_path / 'run'}", "eval.sets=[]", *words]
     workers(1).run("train", config=jobsite.config, overrides=overrides)
     assert abs(said - status(tmp_path / "run")["step"]) <= 1
@@ -132,17 +150,17 @@ def test_a_launch_that_is_refused_leaves_the_status_of_the_run_that_goes_on(jobs
     run = tmp_path / "run"
     run.mkdir()
     (run / "status.json").write_text('{"state": "running", "step": 3}')
-    with open(run / ".lock", "a") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        process = subprocess.Popen(
-            [sys.executable, "-m", "cpt_mega.train", "--config", jobsite.config, f"run.dir={run}"],
-            cwd=ROOT,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        while process.poll() is None:  # as a run does that goes on
-            (run / "status.json").touch()
-            time.sleep(0.05)
+    lease = Lease.take(run)
+    process = subprocess.Popen(
+        [sys.executable, "-m", "cpt_mega.train", "--config", jobsite.config, f"run.dir={run}"],
+        cwd=ROOT,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    while process.poll() is None:  # as a run does that goes on
+        (run / "status.json").touch()
+        time.sleep(0.05)
+    lease.release()
     assert process.returncode == 2 and "another run is writing here" in process.stderr.read()
     assert json.loads((run / "status.json").read_text()) == {"state": "running", "step": 3}
 

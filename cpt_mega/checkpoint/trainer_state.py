@@ -1,0 +1,74 @@
+"""What a checkpoint holds beside its tensors; read without megatron-core."""
+
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from cpt_mega.errors import CheckpointError
+from cpt_mega.lineage import read_json
+
+STATE_FILE = "trainer_state.json"
+FORMAT = 1
+
+
+@dataclass
+class TrainerState:
+    """Everything of a run that is not a tensor. Tokens are real tokens of packed documents.
+
+    Attributes:
+        run_id, parent: this run, and the checkpoint or run its weights came from.
+        step, tokens: optimizer steps done and tokens consumed.
+        stream: the data state, as ``StreamState.to_json`` gives it.
+        baseline: step-0 readings of the gates, ``{bucket: perplexity}``.
+        source_losses: training losses by source since the last decision on weights: ``{name: [sum, steps]}``.
+        judged_step: the last step at which the gates judged.
+        gate_stop: why a gate stopped the run here; empty otherwise. A later start judges again before it goes on.
+        kind: why it was saved, as ``retention`` has it: rolling, permanent or pinned.
+        gate_history: what each look of the gates found: ``{"step", "tokens", "perplexity", "action"}``, oldest first.
+        layout: the fields of the ``engine.mesh.Layout`` it was saved at.
+        config: the resolved configuration it was saved under.
+        lineage: digests and versions: base, parent and own weights, tokenizer, corpora, code, libraries, the restore
+            mode that the run ``began`` with and that of its last start.
+    """
+
+    run_id: str
+    parent: str
+    step: int = 0
+    tokens: int = 0
+    stream: dict = field(default_factory=dict)
+    baseline: dict = field(default_factory=dict)
+    source_losses: dict = field(default_factory=dict)
+    judged_step: int | None = None
+    gate_stop: str = ""
+    kind: str = "permanent"
+    gate_history: list = field(default_factory=list)
+    layout: dict = field(default_factory=dict)
+    config: dict = field(default_factory=dict)
+    lineage: dict = field(default_factory=dict)
+
+    @property
+    def health(self) -> str:
+        """``healthy``: the gates judged at this very step and none objected; ``unhealthy``: one did; else ``not judged``."""
+        here = [look for look in self.gate_history if look["step"] == self.step]
+        if not here or here[-1]["action"] == "none":  # a look that no gate judged
+            return "not judged"
+        return "healthy" if here[-1]["action"] == "continue" else "unhealthy"
+
+
+def has_state(folder: Path) -> bool:
+    """Whether a folder is a run's checkpoint; an import has weights alone."""
+    return (folder / STATE_FILE).is_file()
+
+
+def read_state(folder: Path) -> TrainerState:
+    """``trainer_state.json`` of a run's checkpoint. Raises CheckpointError for an import or an unreadable file."""
+    path = folder / STATE_FILE
+    if not has_state(folder):
+        fix = "holds weights only (an import); use restore.mode=weights, or name a checkpoint of a run"
+        raise CheckpointError("model.checkpoint", str(folder), fix)
+    try:
+        values = read_json(path)
+        if values.pop("format") != FORMAT:
+            raise ValueError(f"format is not {FORMAT}")
+        return TrainerState(**values)
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise CheckpointError("model.checkpoint", str(path), f"cannot be read ({error}); use an older one") from error

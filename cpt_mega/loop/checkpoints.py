@@ -1,0 +1,144 @@
+"""When a run is saved, and what becomes of its older checkpoints."""
+
+import time
+from pathlib import Path
+
+from cpt_mega.checkpoint.retention import PERMANENT, PINNED, ROLLING, trim
+from cpt_mega.checkpoint.saving import CheckpointSave, remove_unfinished
+from cpt_mega.gates.looks import crossed, ends_stable_phase
+from cpt_mega.gates.selection import best_step, healthy_steps
+from cpt_mega.hf.locate import CHECKPOINTS, iteration_folders
+from cpt_mega.hf.model_info import copy_model_files
+from cpt_mega.hf.weights import ModelNames
+from cpt_mega.lineage import is_complete
+from cpt_mega.loop.callbacks import NullCallback, end_if_lost
+from cpt_mega.loop.run_folder import RunFolder
+from cpt_mega.loop.trainer import Trainer
+
+MODEL_FILES = "model"  # of the run folder
+
+
+class Checkpoints(NullCallback):
+    """A checkpoint at intervals, at each look of the gates, on demand (``SAVE``), and at the end of whatever kind.
+
+    At most one is on its way: the next waits for it. Where it is asked for they are written beside the training, and the
+    loop is held for what must not change meanwhile; ``close`` ends what is left when a process failed alone.
+
+    Args:
+        model_files: where ``model.json`` and ``hf/`` come from; copied at the start, as that checkpoint may not stay.
+        saved: the step that the run goes on from, if its checkpoint lies in this folder.
+    """
+
+    def __init__(self, model_files: Path, names: ModelNames, folder: RunFolder, console, saved: int | None):
+        self.model_files, self.names, self.folder, self.console = model_files, names, folder, console
+        self._saved = saved
+        self._on_its_way: CheckpointSave | None = None
+        self._begun = self._held = 0.0
+        self._clock = time.monotonic()
+
+    def on_start(self, trainer: Trainer) -> None:
+        if self.folder.writes:
+            (self.folder.path / MODEL_FILES).mkdir(exist_ok=True)
+            copy_model_files(self.model_files, self.folder.path / MODEL_FILES)
+            for name in remove_unfinished(self.folder.path):
+                self.console.print(f" removed {name}, which was never finished", style="dim")
+        self.model_files = self.folder.path / MODEL_FILES
+
+    def on_boundary(self, trainer: Trainer, tokens: int) -> None:
+        self._advance(trainer, wait=False)
+        kind = self._due(trainer, tokens)
+        if kind is not None:
+            self._save(trainer, kind)
+
+    def on_end(self, trainer: Trainer) -> None:
+        if trainer.state.step:
+            self._save(trainer, PERMANENT if trainer.outcome[0] == "finished" else ROLLING)
+            self._advance(trainer, wait=True)
+
+    def on_fault(self, trainer: Trainer) -> None:
+        self._advance(trainer, wait=True)
+
+    def close(self) -> None:
+        """Ends what is still on its way."""
+        if self._on_its_way is not None:
+            self._on_its_way.abandon()
+
+    def _due(self, trainer: Trainer, tokens: int) -> str | None:
+        """The kind of checkpoint that this boundary wants, the one that stays longest; None for none."""
+        config, now = trainer.config, trainer.state.tokens
+        if trainer.save_requested:
+            return PINNED
+        if trainer.ends_here or crossed(now - tokens, now, config.checkpoint.interval_tokens):
+            return PERMANENT
+        if ends_stable_phase(config, now - tokens, now):
+            return PINNED
+        looked = trainer.state.judged_step == trainer.state.step
+        rolling = crossed(now - tokens, now, config.checkpoint.rolling_interval_tokens)
+        return ROLLING if looked or rolling or self._minutes_are_up(trainer) else None
+
+    def _minutes_are_up(self, trainer: Trainer) -> bool:
+        minutes = trainer.config.checkpoint.rolling_interval_minutes
+        if minutes is None:
+            return False
+        up = time.monotonic() - self._clock >= 60 * minutes
+        return bool(trainer.engine.mesh.agree_max([int(up and self.folder.writes)])[0])
+
+    def _save(self, trainer: Trainer, kind: str) -> None:
+        if self._saved == trainer.state.step:
+            return
+        self._advance(trainer, wait=True)
+        trainer.quiesce()
+        self.folder.renew_claim()  # a process that was halted may have lost the folder long ago and not know it yet
+        end_if_lost(trainer, self.folder, *trainer.engine.mesh.agree_max([int(self.folder.lost is not None)]))
+        self._clock = self._begun = time.monotonic()
+        trainer.state.kind = kind
+        self._on_its_way = CheckpointSave(self.folder.path, trainer.engine, trainer.state, self.model_files, self.names)
+        self._held = time.monotonic() - self._begun
+        self._saved = trainer.state.step
+        if trainer.outcome is not None or not trainer.config.checkpoint.asynchronous:
+            self._advance(trainer, wait=True)
+
+    def _advance(self, trainer: Trainer, wait: bool) -> None:
+        """Takes what is on its way as far as it has come, or to its end."""
+        begin = time.monotonic()
+        while (save := self._on_its_way) is not None and (wait or save.is_ready()):
+            trainer.quiesce()  # it forks; and should the last step turn out bad, ``on_fault`` brings the save to its end
+            path = save.proceed()
+            if path is not None:
+                self._on_its_way = None
+                self._held += time.monotonic() - begin
+                if self.folder.writes:
+                    self._tell(path, save)
+                    self._trim(trainer, save.step)
+                return
+        self._held += time.monotonic() - begin
+
+    def _tell(self, path: Path, save: CheckpointSave) -> None:
+        seconds, size = time.monotonic() - self._begun, sum(f.stat().st_size for f in path.rglob("*") if f.is_file())
+        self.folder.metric(
+            {
+                "kind": "checkpoint",
+                "class": save.kind,
+                "step": save.step,
+                "bytes": size,
+                "seconds": seconds,
+                "held_s": self._held,
+            }
+        )
+        self.console.print(
+            f" saved {path} ({save.kind}) in {seconds:.1f} s, the run was held {self._held:.2f} s", style="dim"
+        )
+
+    def _trim(self, trainer: Trainer, newest: int) -> None:
+        history, options = trainer.state.gate_history, trainer.config.checkpoint
+        there = complete_steps(self.folder.path)
+        healthy = [step for step in healthy_steps(history) if step in there]
+        kept = {*healthy[-1:], best_step(history, there)} - {None}
+        for name in trim(self.folder.path, newest, options.keep_rolling, options.keep_permanent, kept):
+            self.console.print(f" removed {name}, a rolling or permanent one beyond those that stay", style="dim")
+
+
+def complete_steps(run_dir: Path) -> list[int]:
+    """Steps of a run's complete checkpoints."""
+    folders = iteration_folders(run_dir / CHECKPOINTS)
+    return [int(folder.name.removeprefix("iter_")) for folder in folders if is_complete(folder)]

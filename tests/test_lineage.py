@@ -1,0 +1,67 @@
+"""Seals, and the names that files give for others."""
+
+import json
+
+import pytest
+
+from cpt_mega.errors import CheckpointError
+from cpt_mega.lineage import MANIFEST, is_inside, is_local_name, read_json, seal_folder, sealed_files
+
+
+@pytest.fixture
+def sealed(tmp_path):
+    folder = tmp_path / "sealed"
+    (folder / "hf").mkdir(parents=True)
+    (folder / "hf" / "config.json").write_text("{}")
+    seal_folder(folder)
+    return folder
+
+
+@pytest.mark.parametrize("name", ["a", ".metadata", "hf/config.json", "a..b", "...", "a b"])
+def test_names_of_files_below_a_folder(tmp_path, name):
+    assert is_local_name(name) and is_inside(tmp_path, name)
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["", ".", "..", "../a", "a/..", "a/../../b", "/a", "//a", "a//b", "a/", "./a", "..\\a", "C:\\a", "a\0", None, 3],
+)
+def test_names_of_anything_else(tmp_path, name):
+    assert not is_local_name(name) and not is_inside(tmp_path, name)
+
+
+def test_a_link_leads_out_or_not(tmp_path):
+    (tmp_path / "folder" / "a").mkdir(parents=True)
+    (tmp_path / "folder" / "out").symlink_to(tmp_path)
+    (tmp_path / "folder" / "in").symlink_to("a")
+    (tmp_path / "link").symlink_to("folder")
+    assert is_local_name("out/a") and not is_inside(tmp_path / "folder", "out/a")
+    assert is_inside(tmp_path / "folder", "in/x") and is_inside(tmp_path / "link", "in/x")
+
+
+def test_a_seal_is_read(sealed):
+    assert sealed_files(sealed).keys() == {"hf/config.json"}
+
+
+@pytest.mark.parametrize("name", ["../x", "/etc/passwd", "hf/../../x", "", "..\\x", "link"])
+def test_a_seal_names_no_file_outside(sealed, name):
+    (sealed / "link").symlink_to("/etc/passwd")
+    files = json.loads((sealed / MANIFEST).read_text())["files"]
+    (sealed / MANIFEST).write_text(json.dumps({"files": files | {name: files["hf/config.json"]}}))
+    with pytest.raises(CheckpointError, match=r"manifest.json.*not in the folder"):
+        sealed_files(sealed)
+
+
+@pytest.mark.parametrize(
+    "content", ["{", "[]", "[" * 100_000, '{"files": {"a": {"bytes": 1e999, "sha256": ""}}}', "\xff"]
+)
+def test_a_seal_that_cannot_be_read_is_named(sealed, content):
+    (sealed / MANIFEST).write_text(content, encoding="latin-1")
+    with pytest.raises(CheckpointError, match=r"manifest.json.*cannot be read"):
+        sealed_files(sealed)
+
+
+def test_json_nested_without_end_is_an_error_of_the_value(tmp_path):
+    (tmp_path / "a.json").write_text("[" * 100_000)
+    with pytest.raises(ValueError, match="nested"):
+        read_json(tmp_path / "a.json")
