@@ -49,6 +49,10 @@ class FaultError(CptMegaError):
     """The run cannot go on (non-finite loss, a rank that differs): the last checkpoint is intact."""
 
 
+class SaveStalled(FaultError):
+    """A process that wrote a checkpoint came to a standstill and was ended; the save can be begun again."""
+
+
 class FolderLost(FaultError):
     """The run folder is another run's by now: this one writes nothing more there, not even that it has ended.
 

@@ -1,25 +1,36 @@
-"""Work beside the training loop, in a forked process: its memory is what the parent's was at the fork, whatever comes after.
+"""Work beside a loop of steps: in a forked process where the loop goes on, in a thread where it waits.
 
-The parent must hold no lock that the work needs: nothing may be read ahead at that moment, and no GPU is touched in the
-child, nor a process group.
+A forked process' memory is what the parent's was at the fork, whatever comes after. But a lock that another thread of the
+parent holds at that moment stays locked there for good, and not all are known: libraries have threads of their own. So a
+process that does nothing any more is ended, and what waits for it is told. A thread has no such hazard.
 """
 
 import ctypes
 import gc
 import multiprocessing
 import signal
+import time
 import traceback
 from collections.abc import Callable
+from threading import Thread
 
+import psutil
 import torch
 
+STILL_S = 300.0  # without computing, reading or writing anything
+_LOOK_S = 1.0
+_KILLED = "the process that wrote it was killed"
+_prctl = ctypes.CDLL(None).prctl  # looked up here: in the child it would take the loader's lock
 _END_WITH_PARENT = 1  # PR_SET_PDEATHSIG of <linux/prctl.h>
 # Sent to the whole job they are the trainer's to obey, which needs what is being written; with it the child ends too.
 _OF_THE_JOB = (signal.SIGTERM, signal.SIGINT)
 
 
 class ForkedCall:
-    """The work done by a child process. What it returns must be picklable."""
+    """The work done by a child process. What it returns must be picklable.
+
+    The work must touch no GPU and no process group, and nothing may be read ahead when this is made.
+    """
 
     def __init__(self, work: Callable[[], object]):
         context = multiprocessing.get_context("fork")
@@ -31,18 +42,30 @@ class ForkedCall:
         finally:
             signal.pthread_sigmask(signal.SIG_SETMASK, before)
         answer.close()
+        self._done: tuple | None = None
+        self._moved = self._looked = time.monotonic()
+        self.stands_still = False
 
     @property
     def is_running(self) -> bool:
-        """Whether the child is still at it; never waits."""
-        return self._process.is_alive() and not self._answers.poll()
+        """Whether the child is still at it; never waits. Ends one that stands still."""
+        if not self._process.is_alive() or self._answers.poll():
+            return False
+        if time.monotonic() - self._looked > _LOOK_S:
+            self._look()
+        return not self.stands_still
 
     def outcome(self) -> tuple[object, str | None]:
         """Waits; what the work returned, and why it failed: one of the two is None."""
+        while self.is_running:
+            time.sleep(0.01)
+        if self.stands_still:
+            self.stop()
+            return None, f"the process that wrote it did nothing for {STILL_S:.0f} s"
         try:
             found = self._answers.recv()
         except (EOFError, OSError):  # before it answered, or in the middle of it
-            found = (None, "the process that wrote it was killed")
+            found = (None, _KILLED)
         self._process.join()
         self._answers.close()
         return found
@@ -52,20 +75,65 @@ class ForkedCall:
         self._process.kill()
         self._process.join()
 
+    def _look(self) -> None:
+        self._looked = time.monotonic()
+        done = _done_by(self._process.pid)
+        if done is None or done != self._done:
+            self._done, self._moved = done, self._looked
+        self.stands_still = self._looked - self._moved > STILL_S
+
+
+class ThreadedCall:
+    """The work done by a thread of this process, for a loop that waits and changes nothing meanwhile: nothing is copied."""
+
+    stands_still = False
+
+    def __init__(self, work: Callable[[], object]):
+        self._found: tuple[object, str | None] = (None, _KILLED)
+        self._thread = Thread(target=self._do, args=(work,), daemon=True)
+        self._thread.start()
+
+    @property
+    def is_running(self) -> bool:
+        """Whether the thread is still at it; never waits."""
+        return self._thread.is_alive()
+
+    def outcome(self) -> tuple[object, str | None]:
+        """Waits; what the work returned, and why it failed: one of the two is None."""
+        self._thread.join()
+        return self._found
+
+    def stop(self) -> None:
+        """Does not wait for it; it ends with the process."""
+
+    def _do(self, work: Callable[[], object]) -> None:
+        self._found = _answered(work)
+
+
+def _done_by(pid: int) -> tuple | None:
+    """What a process has computed, read and written so far; None where it waits for a device, which may take its time."""
+    try:
+        process = psutil.Process(pid)
+        with process.oneshot():
+            if process.status() == psutil.STATUS_DISK_SLEEP:
+                return None
+            return tuple(process.cpu_times()[:2]), tuple(process.io_counters())
+    except psutil.Error:  # it has just ended
+        return None
+
 
 def _work(work: Callable[[], object], answer) -> None:
     for number in _OF_THE_JOB:
         signal.signal(number, signal.SIG_IGN)
-    ctypes.CDLL(None).prctl(_END_WITH_PARENT, signal.SIGKILL)
+    _prctl(_END_WITH_PARENT, signal.SIGKILL)
     gc.disable()  # what it would collect is the parent's, on a GPU too
     torch.set_num_threads(1)  # the parent's pool of threads is not here
+    answer.send(_answered(work))
+
+
+def _answered(work: Callable[[], object]) -> tuple[object, str | None]:
     try:
-        found = (work(), None)
+        return work(), None
     except Exception as error:
         traceback.print_exc()
-        found = (None, _words(error))
-    answer.send(found)
-
-
-def _words(error: Exception) -> str:
-    return " ".join(f"{type(error).__name__}: {error}".split())[:300]
+        return None, " ".join(f"{type(error).__name__}: {error}".split())[:300]

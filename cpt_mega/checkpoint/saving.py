@@ -3,7 +3,7 @@
 The proof is of content. Fingerprints of the live tensors are taken when the save begins; what then stands on disk is read
 back, and a tensor that is stale, torn or misplaced shows before anybody can restore from it. Core alone would not do: it
 checks nothing (most single flipped bits load without a word), overwrites a folder in place, and its staging copies nothing
-that already is in the host's memory. In the background all this happens in forked processes, which keep the memory as it was.
+that already is in the host's memory. Beside the training all this happens in forked processes, which keep the memory as it was.
 """
 
 import os
@@ -14,12 +14,12 @@ from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 
-from cpt_mega.checkpoint.background import ForkedCall
+from cpt_mega.checkpoint.background import ForkedCall, ThreadedCall
 from cpt_mega.checkpoint.store import TRACKER, iteration_name
 from cpt_mega.checkpoint.trainer_state import FORMAT, STATE_FILE, TrainerState
 from cpt_mega.engine.state import EngineSave, model_fingerprints
 from cpt_mega.engine.step import Engine
-from cpt_mega.errors import FaultError
+from cpt_mega.errors import FaultError, SaveStalled
 from cpt_mega.hf.fingerprint import Fingerprint, added
 from cpt_mega.hf.locate import CHECKPOINTS
 from cpt_mega.hf.model_info import copy_model_files
@@ -37,17 +37,27 @@ class CheckpointSave:
 
     Args:
         run_dir: the run folder.
-        engine: weights, optimizer and generators, which may change as soon as this returns.
+        engine: weights, optimizer and generators, which may change as soon as this returns, unless the caller waits.
         state: goes into ``trainer_state.json``; must be equal on all ranks.
         model_files: a folder whose ``model.json`` and ``hf/`` are copied, so that each checkpoint can be exported alone.
         names: of the model.
+        waits: whether the caller changes nothing until it has the folder. Otherwise this forks when it is made and at
+            ``proceed``, and no thread of the caller's may be at work then.
 
-    It forks when it is made and at ``proceed``: no other thread of this process may be at work then. Raises FaultError, on all
-    ranks, when the disk has no room for it or the folder cannot be made.
+    Raises FaultError, on all ranks, when the disk has no room for it or the folder cannot be made.
     """
 
-    def __init__(self, run_dir: Path, engine: Engine, state: TrainerState, model_files: Path, names: ModelNames):
+    def __init__(
+        self,
+        run_dir: Path,
+        engine: Engine,
+        state: TrainerState,
+        model_files: Path,
+        names: ModelNames,
+        waits: bool,
+    ):
         self.step, self.kind, self._mesh, self._names = state.step, state.kind, engine.mesh, names
+        self._beside = ThreadedCall if waits else ForkedCall
         self._root = run_dir / CHECKPOINTS
         # A killed run's writer may still be at work, in a folder of its own.
         token = self._mesh.share(uuid.uuid4().hex[:8])
@@ -58,7 +68,7 @@ class CheckpointSave:
         self._state = asdict(state)  # a copy: the run goes on
         self._live: dict[str, Fingerprint] = {}
         self._on_main(lambda: copy_model_files(model_files, self._building))
-        self._call = ForkedCall(self._save.write)
+        self._call = self._beside(self._save.write)
 
     def is_ready(self) -> bool:
         """Whether ``proceed`` need not wait on any rank. A collective."""
@@ -67,7 +77,8 @@ class CheckpointSave:
     def proceed(self) -> Path | None:
         """Waits for what is under way, and begins what comes after it; gives the folder when it is sealed. A collective.
 
-        Raises FaultError, on all ranks, when it could not be written or is not what the run had: it is no checkpoint then.
+        Raises FaultError, on all ranks, when it could not be written or is not what the run had: it is no checkpoint then;
+        SaveStalled when a forked process came to a standstill, which says nothing against the disk or the run.
         """
         while not self.is_ready():  # no rank waits in one collective for as long as another writes
             time.sleep(_LOOK_S)
@@ -78,7 +89,7 @@ class CheckpointSave:
         self._save = None  # and with it what was staged
         live = self._mesh.gather(outcome.fingerprints)
         self._on_main(lambda: self._write_state(added(live)))
-        self._call = ForkedCall(self._proof())
+        self._call = self._beside(self._proof())
         return None
 
     def to_its_end(self) -> Path:
@@ -106,15 +117,15 @@ class CheckpointSave:
         """What this rank's work returned. Raises FaultError on all ranks when that of any failed."""
         value, problem = self._call.outcome()
         problems = self._mesh.gather(problem and f"{problem}, on rank {self._mesh.rank}")
-        self._refuse(next(filter(None, problems), None) if problems else None)
+        stalled = max(self._mesh.agree_max([int(self._call.stands_still)]))
+        self._refuse(next(filter(None, problems), None) if problems else None, SaveStalled if stalled else FaultError)
         return value
 
-    def _refuse(self, problem: str | None) -> None:
-        """Raises FaultError on all ranks when rank 0 has a problem."""
+    def _refuse(self, problem: str | None, kind: type[FaultError] = FaultError) -> None:
+        """Raises it on all ranks when rank 0 has a problem."""
         problem = self._mesh.share(problem)
         if problem is not None:
-            words = f"the checkpoint of step {self.step} was not made ({problem}); the one before it is intact"
-            raise FaultError(words)
+            raise kind(f"the checkpoint of step {self.step} was not made ({problem}); the one before it is intact")
 
     def _write_state(self, live: dict[str, Fingerprint]) -> None:
         self._live = live

@@ -5,6 +5,7 @@ from pathlib import Path
 
 from cpt_mega.checkpoint.retention import PERMANENT, PINNED, ROLLING, trim
 from cpt_mega.checkpoint.saving import CheckpointSave, remove_unfinished
+from cpt_mega.errors import FaultError, SaveStalled
 from cpt_mega.gates.looks import crossed, ends_stable_phase
 from cpt_mega.gates.selection import best_step, healthy_steps
 from cpt_mega.hf.locate import CHECKPOINTS, iteration_folders
@@ -56,7 +57,10 @@ class Checkpoints(NullCallback):
             self._advance(trainer, wait=True)
 
     def on_fault(self, trainer: Trainer) -> None:
-        self._advance(trainer, wait=True)
+        try:
+            self._advance(trainer, wait=True, again=False)
+        except FaultError as error:  # what went wrong first ends the run
+            self.console.print(f" {error}", style="yellow")
 
     def close(self) -> None:
         """Ends what is still on its way."""
@@ -90,20 +94,34 @@ class Checkpoints(NullCallback):
         trainer.quiesce()
         self.folder.renew_claim()  # a process that was halted may have lost the folder long ago and not know it yet
         end_if_lost(trainer, self.folder, *trainer.engine.mesh.agree_max([int(self.folder.lost is not None)]))
-        self._clock = self._begun = time.monotonic()
-        trainer.state.kind = kind
-        self._on_its_way = CheckpointSave(self.folder.path, trainer.engine, trainer.state, self.model_files, self.names)
-        self._held = time.monotonic() - self._begun
-        self._saved = trainer.state.step
-        if trainer.outcome is not None or not trainer.config.checkpoint.asynchronous:
+        self._clock = time.monotonic()
+        waits = trainer.outcome is not None or not trainer.config.checkpoint.asynchronous
+        self._begin(trainer, kind, waits)
+        if waits:
             self._advance(trainer, wait=True)
 
-    def _advance(self, trainer: Trainer, wait: bool) -> None:
-        """Takes what is on its way as far as it has come, or to its end."""
+    def _begin(self, trainer: Trainer, kind: str, waits: bool) -> None:
+        self._begun = time.monotonic()
+        state = trainer.state
+        state.kind = kind
+        self._on_its_way = CheckpointSave(self.folder.path, trainer.engine, state, self.model_files, self.names, waits)
+        self._held = time.monotonic() - self._begun
+        self._saved = state.step
+
+    def _advance(self, trainer: Trainer, wait: bool, again: bool = True) -> None:
+        """Takes what is on its way as far as it has come, or to its end; begins ``again`` what came to a standstill."""
         begin = time.monotonic()
         while (save := self._on_its_way) is not None and (wait or save.is_ready()):
             trainer.quiesce()  # it forks; and should the last step turn out bad, ``on_fault`` brings the save to its end
-            path = save.proceed()
+            try:
+                path = save.proceed()
+            except SaveStalled as stalled:
+                if not again:
+                    raise
+                self.console.print(f" {stalled}; step {trainer.state.step} is saved in its place", style="yellow")
+                self._begin(trainer, save.kind, waits=True)  # without a fork, which is what can stand still
+                self._advance(trainer, wait=True)
+                return
             if path is not None:
                 self._on_its_way = None
                 self._held += time.monotonic() - begin

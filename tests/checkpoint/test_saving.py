@@ -72,6 +72,17 @@ def test_a_signal_to_all_processes_of_a_job_does_not_end_a_save(workers, jobsite
     assert is_complete(folder)
 
 
+def test_a_save_whose_process_stands_still_is_begun_again_without_one(workers, jobsite, tmp_path):
+    words = [f"run.dir={tmp_path}", BACKGROUND, "checkpoint.interval_tokens=300"]
+    outcomes = workers(2).run("train_with_a_writer_that_stands_still", config=jobsite.config, overrides=words)
+    assert [state for state, _ in outcomes] == ["finished"] * 2
+    saved = metrics(tmp_path, "checkpoint")
+    assert len(saved) >= 3
+    for line in saved:
+        folder = tmp_path / "checkpoints" / f"iter_{line['step']:07d}"
+        assert damaged_files(folder, sealed_files(folder)) == []
+
+
 @pytest.mark.parametrize("world", [1, 2])
 def test_a_disk_without_room_is_a_fault_before_anything_is_written(workers, jobsite, tmp_path, world):
     words = [f"run.dir={tmp_path / 'run'}", "train.tokens=200", "schedule.warmup_tokens=0"]

@@ -19,10 +19,13 @@ import traceback
 from pathlib import Path
 from threading import Timer
 
+import psutil
+
 ROOT = Path(__file__).resolve().parent.parent.parent
 # A process has about ten threads once its job is over. Each of gloo's wakes a hundred times a second: what a job would leave
 # behind slows down all that come after it.
 MOST_THREADS = 30
+NOISE = "CPU RNG state changed within GPU RNG context"  # of core, at every step
 
 
 class JobFailed(AssertionError):
@@ -39,6 +42,7 @@ class Workers:
     def __init__(self, world: int, log_folder: Path):
         self.world, self.log_folder = world, log_folder
         self._processes: list[subprocess.Popen] = []
+        self._hung: list[str] = []
 
     def run(self, job: str, timeout_s: float = 120.0, **arguments) -> list:
         """Runs ``tests.helpers.jobs.<job>(**arguments)`` on every rank; returns the results in rank order."""
@@ -99,7 +103,8 @@ class Workers:
             )
 
     def _kill_hung(self) -> None:
-        """Each process first writes where its threads are into its log; forked ones too."""
+        """Each process first writes where its threads are into its log; forked ones too, unless they wait for a device."""
+        self._hung = [line for process in self._processes for line in _family(process.pid)]
         for process in self._processes:
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(process.pid, signal.SIGUSR1)
@@ -107,8 +112,11 @@ class Workers:
         self._kill()
 
     def _last_words(self) -> str:
-        logs = sorted(self.log_folder.glob(f"world{self.world}_rank*.log"))
-        return "\n".join(f"{log.name}:\n{log.read_text(errors='replace')[-6000:]}" for log in logs)
+        said = []
+        for log in sorted(self.log_folder.glob(f"world{self.world}_rank*.log")):
+            lines = [line for line in log.read_text(errors="replace").splitlines() if NOISE not in line]
+            said.append(f"{log.name}:\n" + "\n".join(lines)[-4000:])
+        return "\n".join([*said, *self._hung])
 
     def _kill(self) -> None:
         processes, self._processes = self._processes, []
@@ -120,6 +128,20 @@ class Workers:
         for process in processes:
             process.wait()
             process.stdin.close()
+
+
+def _family(pid: int) -> list[str]:
+    """What a process and its children are doing, in the system's words."""
+    lines = []
+    with contextlib.suppress(psutil.Error, OSError):
+        for one in [psutil.Process(pid), *psutil.Process(pid).children(recursive=True)]:
+            waits = {(task / "wchan").read_text() for task in Path(f"/proc/{one.pid}/task").iterdir()}
+            times = one.cpu_times()
+            lines.append(
+                f"process {one.pid} of {one.ppid()}, {one.status()}, {times.user + times.system:.1f} s computed, "
+                f"{time.time() - one.create_time():.0f} s old, waits in {sorted(waits)}: {' '.join(one.cmdline())[:80]}"
+            )
+    return lines
 
 
 def free_port() -> int:
