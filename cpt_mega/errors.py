@@ -53,6 +53,10 @@ class SaveStalled(FaultError):
     """A process that wrote a checkpoint came to a standstill and was ended; the save can be begun again."""
 
 
+class RollBack(CptMegaError):
+    """The run is to go on from an earlier checkpoint, as its ledger says; the processes stay."""
+
+
 class FolderLost(FaultError):
     """The run folder is another run's by now: this one writes nothing more there, not even that it has ended.
 

@@ -39,6 +39,7 @@ CLASSES = {
     "eval.sets": ASKED,
     "eval.max_tokens": ASKED,
     "gates": EFFECT,
+    "anomaly": EFFECT,
     "logging": HARMLESS,
     "profile": HARMLESS,
     "core": HARMLESS,

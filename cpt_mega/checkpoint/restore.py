@@ -130,10 +130,6 @@ def apply_restore(restore: Restore, engine: Engine) -> None:
         engine_state.load_everything(engine, folder, restore.same_layout)
 
 
-# What is neither restored nor refused: today's schedule, and state that this run has none of.
-_NO_DETECTOR = "none is kept: a step is only checked for being finite"
-
-
 def _new_run(config: Config, start: Start, contract: Contract) -> Restore:
     contract.add("weights", "restored", str(start.folder))
     if start.mode == MOMENTS:
@@ -153,7 +149,7 @@ def _new_run(config: Config, start: Start, contract: Contract) -> Restore:
     contract.add("data cursors", "fresh", "from the first row")
     contract.add("generators", "fresh", "from train.seed")
     contract.add("gate history", "fresh", "baseline taken at step 0")
-    contract.add("anomaly window", "fresh", _NO_DETECTOR)
+    contract.add("anomaly window", "fresh", "the first steps are guarded by bounds")
     contract.add("FP8 scales", "fresh", _fp8_note(config))
     _compare_with_parent(config, start, contract)
     return Restore(start, None, False, False, contract)
@@ -204,7 +200,7 @@ def _full(config: Config, start: Start, lineage: dict, layout: dict[str, int], c
         before = {name: state.layout.get(name, 1) for name in layout}
         contract.add("generators", "fresh", f"saved at {_words(before)}, now {_words(layout)}")
     _gate_history(state, stale, contract)
-    contract.add("anomaly window", "fresh", _NO_DETECTOR)
+    _anomaly_window(state, contract)
     contract.add("FP8 scales", "fresh", _fp8_note(config))
     _check_model(config, start, contract)
     _check_lineage(config, state.lineage, lineage, contract)
@@ -228,6 +224,16 @@ def _gate_history(state: TrainerState, stale: list[str], contract: Contract) -> 
         contract.add("gate history", "restored", looks)
     if stale:
         contract.add("gate history", "fresh", f"of {', '.join(stale)}: the items are others now")
+
+
+def _anomaly_window(state: TrainerState, contract: Contract) -> None:
+    if not state.anomaly:
+        contract.add("anomaly window", "fresh", "the checkpoint has none; the first steps are guarded by bounds")
+        return
+    known = state.anomaly
+    words = f"{len(known['loss_rises'])} steps, {len(known['alarms'])} refused of late, {known['rollbacks']} rollbacks"
+    scale = f", learning rate x {known['lr_scale']:g} until step {known['calm_step']}" if known["calm_step"] else ""
+    contract.add("anomaly window", "restored", words + scale)
 
 
 def _fp8_note(config: Config) -> str:

@@ -15,7 +15,7 @@ from dataclasses import asdict
 from pathlib import Path
 
 from cpt_mega.checkpoint.background import ForkedCall, ThreadedCall
-from cpt_mega.checkpoint.store import TRACKER, iteration_name
+from cpt_mega.checkpoint.store import iteration_name, set_tracker
 from cpt_mega.checkpoint.trainer_state import FORMAT, STATE_FILE, TrainerState
 from cpt_mega.engine.state import EngineSave, model_fingerprints
 from cpt_mega.engine.step import Engine
@@ -159,7 +159,7 @@ class CheckpointSave:
         seal_folder(self._building, measured | measure_files(self._building, [FINGERPRINTS]))
         shutil.rmtree(final, ignore_errors=True)  # the same step saved again, after a restart from an older one
         os.rename(self._building, final)
-        _write_tracker(self._root, self.step)
+        set_tracker(self._root, self.step)
         flush_folder(self._root)  # before an older one may go
 
 
@@ -192,9 +192,3 @@ def _difference(live: dict[str, Fingerprint], stored: dict[str, Fingerprint]) ->
         if live.get(name) != stored.get(name):
             return f"tensor {name} is not on disk as the run had it: stale, torn or misplaced"
     return None
-
-
-def _write_tracker(root: Path, step: int) -> None:
-    building = root / f".{TRACKER}"
-    building.write_text(f"{step}\n")
-    os.replace(building, root / TRACKER)

@@ -1,5 +1,6 @@
 """Checkpoints of a run as they lie on disk: ``checkpoints/iter_0000100``, what they hold besides tensors, which is whole."""
 
+import os
 from pathlib import Path
 
 from cpt_mega.engine.mesh import Mesh
@@ -15,6 +16,13 @@ def iteration_name(step: int) -> str:
     return f"iter_{step:07d}"
 
 
+def set_tracker(root: Path, step: int) -> None:
+    """Names the newest checkpoint of the folder of checkpoints, in place of another."""
+    building = root / f".{TRACKER}"
+    building.write_text(f"{step}\n")
+    os.replace(building, root / TRACKER)
+
+
 def newest_checkpoint(run_dir: Path, mesh: Mesh) -> tuple[Path | None, list[str]]:
     """The newest checkpoint of a run whose every file is what its seal says, and a line for each that was passed over.
 
@@ -22,7 +30,7 @@ def newest_checkpoint(run_dir: Path, mesh: Mesh) -> tuple[Path | None, list[str]
     """
     root = run_dir / CHECKPOINTS
     notes: list[str] = []
-    for folder in mesh.share(iteration_folders(root) if root.is_dir() else []):
+    for folder in mesh.share(iteration_folders(root)):
         problem = checkpoint_problem(folder, mesh)
         if problem is None:
             return folder, notes

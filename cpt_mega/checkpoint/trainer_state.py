@@ -24,6 +24,7 @@ class TrainerState:
         gate_stop: why a gate stopped the run here; empty otherwise. A later start judges again before it goes on.
         kind: why it was saved, as ``retention`` has it: rolling, permanent or pinned.
         gate_history: what each look of the gates found: ``{"step", "tokens", "perplexity", "action"}``, oldest first.
+        anomaly: what the guard knows, as ``gates.anomaly.AnomalyState.to_json`` gives it; empty for one who knows nothing.
         layout: the fields of the ``engine.mesh.Layout`` it was saved at.
         config: the resolved configuration it was saved under.
         lineage: digests and versions: base, parent and own weights, tokenizer, corpora, code, libraries, the restore
@@ -41,6 +42,7 @@ class TrainerState:
     gate_stop: str = ""
     kind: str = "permanent"
     gate_history: list = field(default_factory=list)
+    anomaly: dict = field(default_factory=dict)
     layout: dict = field(default_factory=dict)
     config: dict = field(default_factory=dict)
     lineage: dict = field(default_factory=dict)

@@ -204,6 +204,29 @@ class GateOptions(Section):
     )
 
 
+class AnomalyOptions(Section):
+    action: Literal["off", "log", "act"] = Field(
+        "act",
+        description="what is done about steps whose loss or gradient stands out: nothing, written down, the ladder; what is "
+        "not finite never comes into the weights",
+    )
+    window_steps: PositiveInt = Field(128, description="steps whose scatter a step is measured by")
+    clip_z: float = Field(6.0, gt=0, description="robust z-score above which a gradient is scaled down to it")
+    skip_z: float = Field(12.0, gt=0, description="robust z-score of loss or gradient above which an update is refused")
+    lower_lr_after: PositiveInt = Field(
+        3, description="refused updates, within the cool-down, from which on the rate is lowered"
+    )
+    lr_factor: float = Field(0.5, gt=0, le=1, description="what the learning rate is then multiplied by")
+    roll_back_after: PositiveInt = Field(
+        6, description="refused updates, within the cool-down, after which the run rolls back"
+    )
+    cool_down_steps: PositiveInt = Field(100, description="steps after the last refused update until all is as before")
+    most_rollbacks: NonNegativeInt = Field(3, description="rollbacks after which the run is stopped instead")
+    replay: str | None = Field(
+        None, description="ledger.jsonl of a run whose decisions are taken, in place of any of this run's own"
+    )
+
+
 class LoggingOptions(Section):
     interval_steps: PositiveInt = Field(10, description="steps between console lines")
     tensorboard: bool = Field(True, description="write TensorBoard events to run.dir/tensorboard")
@@ -236,6 +259,7 @@ class Config(Section):
     checkpoint: CheckpointOptions = CheckpointOptions()
     eval: EvalOptions = EvalOptions()
     gates: GateOptions = GateOptions()
+    anomaly: AnomalyOptions = AnomalyOptions()
     logging: LoggingOptions = LoggingOptions()
     profile: ProfileOptions = ProfileOptions()
     core: dict[str, CoreValue] = Field(
@@ -258,6 +282,10 @@ class Config(Section):
             "data.sources: name at least one corpus to train on": self.train.tokens > 0 and not self.data.sources,
             "parallel.sp: needs parallel.tp above 1; set parallel.tp or drop parallel.sp": (
                 self.parallel.sp and self.parallel.tp == 1
+            ),
+            "anomaly.clip_z: must not exceed anomaly.skip_z": self.anomaly.clip_z > self.anomaly.skip_z,
+            "anomaly.lower_lr_after: must not exceed anomaly.roll_back_after": (
+                self.anomaly.lower_lr_after > self.anomaly.roll_back_after
             ),
             "profile.end: must not come before profile.start": (
                 self.profile.start is not None and (self.profile.end or self.profile.start) < self.profile.start

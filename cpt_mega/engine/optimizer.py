@@ -1,9 +1,11 @@
 """Adam through megatron-core, sharded over data-parallel ranks, with fp32 master weights under bf16."""
 
+import math
 from collections.abc import Callable
 
 from megatron.core.distributed import DistributedDataParallel
 from megatron.core.optimizer import MegatronOptimizer, OptimizerConfig, get_megatron_optimizer
+from megatron.core.optimizer.clip_grads import clip_grad_by_total_norm_fp32
 
 from cpt_mega.config.schema import Config
 from cpt_mega.engine.core_options import core_fields
@@ -32,6 +34,28 @@ def build_optimizer(chunks: list[DistributedDataParallel], config: Config) -> Me
     # Core's ``grad_scale_func`` stays unset: bf16 and fp32 have no loss scale, and the function would tie the model to the
     # optimizer in a ring that Python's collector does not see: neither they nor their process groups would ever be freed.
     return get_megatron_optimizer(settings, chunks, use_gloo_process_groups=False)
+
+
+def gradient_norm(optimizer: MegatronOptimizer) -> float:
+    """Global norm of the gradients that the last backward pass left, made ready for an update; infinite where core finds one
+    that is not finite. A collective of core's."""
+    return math.inf if optimizer.prepare_grads() else float(optimizer.get_grad_norm())
+
+
+def update(optimizer: MegatronOptimizer, norm: float, most: float) -> None:
+    """The update for gradients made ready by ``gradient_norm``; the parts of core's ``ChainedOptimizer.step`` after that.
+
+    Args:
+        norm: theirs.
+        most: what their norm is scaled down to; ``optimizer.clip_norm`` holds besides.
+    """
+    for part in optimizer.chained_optimizers:
+        clip = part.config.clip_grad
+        limit = min(clip, most) if clip > 0 else most
+        if math.isfinite(limit) and not part.is_stub_optimizer:
+            decoupled = part.config.use_precision_aware_optimizer_no_fp8_or_ds_fp8
+            clip_grad_by_total_norm_fp32(part.get_parameters(), limit, norm, use_decoupled_grad=decoupled)
+    optimizer.step_with_ready_grads()
 
 
 def set_learning_rate(optimizer: MegatronOptimizer, config: Config, rate: Callable[[float, float], float]) -> float:

@@ -1,8 +1,8 @@
 """The step: rows in, one optimizer update or one evaluation out, under core's own schedules at any layout.
 
-Nothing of ours waits for the device in a step (core does, in gradient clipping and, in 0.16, where it counts tokens): batches
-lie in pinned memory, losses are reduced and copied beside the next step's work, and their numbers are asked for when that
-step is under way (``PendingStep``).
+The one wait for the device in a step is where core has one too, for the gradient norm (in 0.16 it has another, where it counts
+tokens): the losses are reduced beside the backward pass and are there by then, so that an update is judged before it is made.
+Batches lie in pinned memory, and what a step took is asked for when the next one is under way (``PendingStep``).
 """
 
 import math
@@ -21,7 +21,7 @@ from cpt_mega.engine.dealing import deal_rows
 from cpt_mega.engine.fast_paths import FastPath, fast_paths
 from cpt_mega.engine.mesh import Mesh
 from cpt_mega.engine.model import build_chunks, wrap_for_scoring, wrap_for_training
-from cpt_mega.engine.optimizer import build_optimizer, set_learning_rate
+from cpt_mega.engine.optimizer import build_optimizer, gradient_norm, set_learning_rate, update
 from cpt_mega.engine.precision import token_multiple
 from cpt_mega.engine.timing import PhaseClock
 from cpt_mega.hf.shape import ModelShape
@@ -34,12 +34,14 @@ class StepResult:
     Attributes:
         row_losses: float64 [rows, 2], for each row of the global batch the sum of its losses (nats) and its real targets.
         grad_norm: before clipping.
+        refused: whether no update was made: weights, moments and their step count are what they were.
         lr: of the parameters that have no rate of their own.
         forward_backward_s, optimizer_s: seconds on the device.
     """
 
     row_losses: Tensor
     grad_norm: float
+    refused: bool
     lr: float
     forward_backward_s: float
     optimizer_s: float
@@ -47,8 +49,23 @@ class StepResult:
     @property
     def loss(self) -> float:
         """Mean loss over the real target tokens of the global batch, nats; 0 when there are none."""
-        total, targets = self.row_losses.sum(dim=0).tolist()
-        return total / max(targets, 1.0)
+        return mean_loss(self.row_losses)
+
+
+def mean_loss(row_losses: Tensor) -> float:
+    """Nats over all targets of rows, from their sums and numbers [rows, 2]; 0 where there are none."""
+    total, targets = row_losses.sum(dim=0).tolist()
+    return total / max(targets, 1.0)
+
+
+# What allows an update: given [rows, 2] of the whole batch and the gradient norm, which are the same on all ranks, the largest
+# norm that the gradient may have, or None to refuse the update.
+Judge = Callable[[Tensor, float], float | None]
+
+
+def make_every_update(row_losses: Tensor, grad_norm: float) -> float:
+    """A judge that leaves every gradient as it is."""
+    return math.inf
 
 
 @dataclass(frozen=True)
@@ -64,15 +81,15 @@ class PreparedBatch:
 class PendingStep:
     """An update that the device may still be at."""
 
-    losses: "_Reduced"
+    losses: Tensor
     grad_norm: float
+    refused: bool
     lr: float
     clock: PhaseClock
 
     def wait(self) -> StepResult:
         """The numbers, once they are there."""
-        losses = self.losses.wait()
-        return StepResult(losses, self.grad_norm, self.lr, *self.clock.seconds())
+        return StepResult(self.losses, self.grad_norm, self.refused, self.lr, *self.clock.seconds())
 
 
 class Engine:
@@ -115,11 +132,14 @@ class Engine:
         places = self.my_rows(count, work)
         return PreparedBatch(count, places, self._micro_batches([[read(i) for i in indices] for indices in places]))
 
-    def train_step(self, batch: PreparedBatch, rate: Callable[[float, float], float]) -> PendingStep:
+    def train_step(
+        self, batch: PreparedBatch, rate: Callable[[float, float], float], judge: Judge = make_every_update
+    ) -> PendingStep:
         """One optimizer update over a global batch, under the learning rate that ``rate(peak, floor)`` gives.
 
         The loss is the mean over the real targets of the whole batch: core sums losses and counts, reduces both, and
-        divides once (``calculate_per_token_loss``).
+        divides once (``calculate_per_token_loss``). An update that ``judge`` refuses, or whose gradient norm is not finite, is
+        not made at all: multiplying it by zero would be no guard, since 0 times NaN is NaN.
         """
         clock = PhaseClock()
         self._set_training(True)
@@ -128,13 +148,16 @@ class Engine:
             chunk.zero_grad_buffer()
         self.optimizer.zero_grad()
         lr = set_learning_rate(self.optimizer, self.config, rate)
-        losses = self._losses(batch, forward_only=False)
+        reduced = self._reduced(self._losses(batch, forward_only=False))
         clock.mark()
-        updated, grad_norm, _ = self.optimizer.step()
+        norm = self._agreed(gradient_norm(self.optimizer))
+        losses = reduced.wait()
+        most = judge(losses, norm)
+        refused = most is None or not math.isfinite(norm)
+        if not refused:
+            update(self.optimizer, norm, most)
         clock.mark()
-        # Core skips an update whose gradients are not finite, and then has no norm. Without clipping it computes none.
-        norm = float(grad_norm or 0.0) if updated else math.nan
-        return PendingStep(self._reduced(losses), norm, lr, clock)
+        return PendingStep(losses, norm, refused, lr, clock)
 
     def evaluate(self, count: int, read: Callable[[int], Row]) -> Tensor:
         """[rows, 2]: summed loss (nats) and real targets of each row, without gradients and without touching any state."""
@@ -220,6 +243,12 @@ class Engine:
             micro_batch_size=1,  # a packed micro-batch is one row of T tokens
             **options,
         )
+
+    def _agreed(self, norm: float) -> float:
+        """The largest of all ranks: replicas that differ in a bit must not part over an update."""
+        value = torch.tensor([norm if math.isfinite(norm) else math.inf], dtype=torch.float64, device=self.mesh.device)
+        dist.all_reduce(value, op=dist.ReduceOp.MAX)
+        return value.item()
 
     def _reduced(self, losses: Tensor) -> "_Reduced":
         return _Reduced(losses, self._side)

@@ -36,10 +36,9 @@ def locate_checkpoint(path: str | Path, field: str = "checkpoint") -> Path:
 
 
 def iteration_folders(checkpoints: str | Path) -> list[Path]:
-    """``iter_*`` folders, newest first, complete or not."""
-    numbered = [
-        (int(m[1]), p) for p in Path(checkpoints).iterdir() if (m := _ITERATION.fullmatch(p.name)) and p.is_dir()
-    ]
+    """``iter_*`` folders, newest first, complete or not; none where there is no such folder."""
+    there = Path(checkpoints).iterdir() if Path(checkpoints).is_dir() else ()
+    numbered = [(int(m[1]), p) for p in there if (m := _ITERATION.fullmatch(p.name)) and p.is_dir()]
     return [path for _, path in sorted(numbered, reverse=True)]
 
 

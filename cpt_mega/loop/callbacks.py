@@ -38,6 +38,11 @@ class NullCallback:
         pass
 
 
+def finite(value: float) -> float | None:
+    """What JSON can hold."""
+    return value if math.isfinite(value) else None
+
+
 def end_if_lost(trainer: Trainer, folder: RunFolder, lost: int) -> None:
     """Raises FolderLost when the ranks have agreed that the folder is lost, with what only the main one knows of it."""
     if lost:
@@ -71,14 +76,16 @@ class Logging(NullCallback):
             "kind": "train",
             "step": report.step,
             "tokens": report.total_tokens,
-            "loss": report.loss,
-            "grad_norm": report.result.grad_norm,
+            "tokens_trained": report.trained_tokens,
+            "loss": finite(report.loss),
+            "grad_norm": finite(report.result.grad_norm),
+            "refused": report.result.refused,
             "lr": report.result.lr,
             "tokens_per_s_device": report.real_tokens / report.seconds / trainer.engine.mesh.world,
             "data_wait_s": report.data_wait_s,
             "forward_backward_s": report.result.forward_backward_s,
             "optimizer_s": report.result.optimizer_s,
-            "loss_by_source": report.loss_by_source,
+            "loss_by_source": {name: finite(loss) for name, loss in report.loss_by_source.items()},
             "tokens_by_source": report.tokens_by_source,
             "epochs_by_source": report.epochs_by_source,
         }
@@ -99,6 +106,8 @@ class Logging(NullCallback):
                 batch=batch,
                 loss=report.loss,
                 grad_norm=report.result.grad_norm,
+                skipped=sum(r.result.refused for r in window),
+                nans=sum(not (math.isfinite(r.loss) and math.isfinite(r.result.grad_norm)) for r in window),
                 tokens=report.total_tokens,
                 tokens_per_s_device=rate,
                 wait_share=sum(r.data_wait_s for r in window) / seconds,

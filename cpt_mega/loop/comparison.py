@@ -315,7 +315,7 @@ def _said(stretches: list[list[int]]) -> str:
 
 
 def _iteration_folders(run: Path) -> list[Path]:
-    return iteration_folders(run / CHECKPOINTS) if (run / CHECKPOINTS).is_dir() else []
+    return iteration_folders(run / CHECKPOINTS)
 
 
 def _step_of(folder: Path) -> int:

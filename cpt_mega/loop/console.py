@@ -24,17 +24,19 @@ def make_console() -> Console:
     return Console(file=sys.stdout, width=width, soft_wrap=True, highlight=False, markup=False)
 
 
-class DataEvents:
-    """Says on the console what happens to a run's data: what the ledger has of it, in a sentence."""
+class Events:
+    """Says on the console what happens to a run's data and updates: what the ledger has of it, in a sentence."""
 
     def __init__(self, console: Console):
         self.console, self._odd_rows = console, 0
 
     def __call__(self, line: dict) -> None:
         """Takes a line of the ledger; those of other kinds say nothing here."""
-        words = {"weights": self._weights, "odd_row": self._odd_row}.get(line["kind"], lambda line: None)(line)
+        says = {"weights": self._weights, "odd_row": self._odd_row, "anomaly": _anomaly}
+        words = says.get(line["kind"], lambda line: None)(line)
+        about = "guard" if line["kind"] == "anomaly" else "data"
         if words:
-            self.console.print(f" data at iteration {line['step']:8d} | {words}", style="yellow")
+            self.console.print(f" {about} at iteration {line['step']:8d} | {words}", style="yellow")
 
     def _weights(self, line: dict) -> str:
         if "dropped" in line:
@@ -50,6 +52,16 @@ class DataEvents:
         if self._odd_rows > MOST_ODD_ROWS:
             return "more odd rows: they are in ledger.jsonl"
         return f"row {line['row']} of {line['source']}: {line['problem']} ({line['action']})"
+
+
+def _anomaly(line: dict) -> str:
+    action = line["action"]
+    if action in ("lower_lr", "restore_lr"):
+        until = f" until iteration {line['calm_step']}" if "calm_step" in line else ""
+        return f"learning rate x {line['lr_scale']:g} of the schedule's{until}"
+    words = {"skip": "update refused", "clip": f"gradient scaled down to {line.get('most_norm', 0):.4g}"}
+    rows = ", ".join(f"row {row['row']} of {row['source']}" for row in line.get("rows", [])[:MOST_ODD_ROWS])
+    return f"{words.get(action, 'only logged')}: {line['why']}" + (f" | {rows}" if rows else "")
 
 
 def duration(seconds: float) -> str:
@@ -69,6 +81,8 @@ def step_line(
     batch: int,
     loss: float,
     grad_norm: float,
+    skipped: int,
+    nans: int,
     tokens: int,
     tokens_per_s_device: float,
     wait_share: float,
@@ -78,8 +92,8 @@ def step_line(
     return (
         f" iteration {step:8d}/{last_step:8d} | consumed samples: {samples:12d} |"
         f" elapsed time per iteration (ms): {step_ms:.1f} | learning rate: {lr:.6E} | global batch size: {batch:5d} |"
-        f" lm loss: {loss:.6E} | grad norm: {grad_norm:.3f} | number of skipped iterations:   0 |"
-        f" number of nan iterations:   0 | consumed tokens: {tokens:,} | tokens/s/device: {tokens_per_s_device:,.0f} |"
+        f" lm loss: {loss:.6E} | grad norm: {grad_norm:.3f} | number of skipped iterations: {skipped:3d} |"
+        f" number of nan iterations: {nans:3d} | consumed tokens: {tokens:,} | tokens/s/device: {tokens_per_s_device:,.0f} |"
         f" data wait: {wait_share:.1%} | time left: {duration(left_s)} |"
     )
 

@@ -15,7 +15,7 @@ class AdaptiveWeights(NullCallback):
 
     def on_report(self, trainer: Trainer, report: StepReport) -> None:
         """Adds a step's mean loss (nats a token) of each source to what has been seen since the last decision."""
-        if trainer.config.data.adaptive.interval_tokens is None:
+        if trainer.config.data.adaptive.interval_tokens is None or report.result.refused:
             return
         for name, loss in report.loss_by_source.items():
             total, steps = trainer.state.source_losses.get(name, (0.0, 0))

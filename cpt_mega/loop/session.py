@@ -1,5 +1,6 @@
 """One process's part of a run, from configuration to outcome: what ``train`` calls after parsing."""
 
+import gc
 import os
 import shutil
 import socket
@@ -11,25 +12,29 @@ from pathlib import Path
 import torch
 from rich.console import Console
 
-from cpt_mega.checkpoint.restore import Restore, apply_restore, find_start, plan_restore
+from cpt_mega.checkpoint.restore import AUTO, Restore, apply_restore, find_start, plan_restore
 from cpt_mega.checkpoint.saving import weights_name
 from cpt_mega.checkpoint.store import iteration_name
 from cpt_mega.checkpoint.trainer_state import TrainerState
 from cpt_mega.config import Config, resolved_yaml
+from cpt_mega.data.stream import MixedStream
 from cpt_mega.engine.fast_paths import FastPath
 from cpt_mega.engine.memory import explained
 from cpt_mega.engine.mesh import Mesh, start_mesh, stop_mesh
 from cpt_mega.engine.platform import check_layout
 from cpt_mega.engine.step import Engine
-from cpt_mega.errors import InputError
+from cpt_mega.errors import InputError, RollBack
+from cpt_mega.gates.anomaly import AnomalyState, rolled_back
 from cpt_mega.gates.selection import best_step
 from cpt_mega.hf.convert import export_hf
 from cpt_mega.hf.locate import CHECKPOINTS
 from cpt_mega.hf.weights import ModelNames
 from cpt_mega.lineage import code_version, new_run_id
+from cpt_mega.loop import rollback
 from cpt_mega.loop.callbacks import Control, Evaluation, Logging
 from cpt_mega.loop.checkpoints import Checkpoints, complete_steps
-from cpt_mega.loop.console import DataEvents, fast_paths_table, make_console, show_contract, sources_table
+from cpt_mega.loop.console import Events, fast_paths_table, make_console, show_contract, sources_table
+from cpt_mega.loop.guarding import make_guard
 from cpt_mega.loop.hangs import HangWatch
 from cpt_mega.loop.housekeeping import Housekeeping, collected_together
 from cpt_mega.loop.inputs import Inputs, mean_shares, open_inputs, open_stream
@@ -73,9 +78,22 @@ def _run(config: Config, mesh: Mesh, request: StopRequest, command: str, clock: 
     watch = HangWatch(config.run, mesh.rank)
     try:
         with watch.watching():
-            return _run_claimed(config, mesh, folder, request, command, clock, watch)
+            while (outcome := _until_rollback(config, mesh, folder, request, command, clock, watch)) is None:
+                config = config.model_copy(update={"restore": config.restore.model_copy(update={"mode": AUTO})})
+                gc.collect()  # engines are rings of references, and hold the device's memory
+            return outcome
     finally:
         folder.close()
+
+
+def _until_rollback(config: Config, mesh: Mesh, folder: RunFolder, *rest) -> tuple[str, str] | None:
+    """The outcome; None when the run is to be started again from an earlier checkpoint."""
+    try:
+        return _run_claimed(config, mesh, folder, *rest)
+    except RollBack as back:
+        if mesh.is_main:
+            make_console().print(f" {back}", style="bold yellow")
+        return None
 
 
 def _run_claimed(
@@ -88,6 +106,7 @@ def _run_claimed(
     watch: HangWatch,
 ) -> tuple[str, str]:
     console, layout = make_console(), asdict(mesh.layout)
+    _set_aside(config, mesh, console)
     start = find_start(config, mesh)
     inputs = open_inputs(config, start)
     check_layout(config, inputs.info.shape, mesh.world)
@@ -106,7 +125,9 @@ def _run_claimed(
     state = _trainer_state(config, restore, inputs.lineage, layout, mesh)
     if restore.state is None:
         state.lineage["parent_weights"] = weights_name(engine, names)
-    stream = open_stream(config, inputs.sources, state.stream)  # the last thing that may be refused
+    stream = open_stream(config, inputs.sources, state.stream)
+    _finish_rollback(folder, state, stream, mesh)
+    guard = make_guard(config, state, inputs.info.shape.vocab_size)  # the last thing that may be refused
     _open_folder(folder, config, inputs, mesh, state.step if restore.state else None)
     status = Status(folder, state, command, config.checkpoint.export_hf != "none")
     status.write("running", "")
@@ -118,18 +139,19 @@ def _run_claimed(
         folder.decide({"kind": "restore", **place, "rows": restore.rows})
     if stream is not None:
         folder.decide(data_entry(config, inputs.sources, inputs.lineage["corpora"], state.step, stream.state.to_json()))
-    events = DataEvents(console)
+    events = Events(console)
 
     def decide(line: dict) -> None:
         folder.decide(line)
         if mesh.is_main:
             events(line)
 
-    trainer = Trainer(config, engine, stream, state, decide=decide)
+    trainer = Trainer(config, engine, stream, state, guard, decide=decide)
     checkpoints = Checkpoints(start.folder, names, folder, console, state.step if restore.same_run else None)
     trainer.callbacks = [
         Logging(folder, reporters, console),
         Profiling(config.profile, folder.path, mesh.rank, console),
+        guard,
         Control(request, folder),
         watch,
         Housekeeping(),
@@ -139,7 +161,12 @@ def _run_claimed(
         status,
     ]
     with closing(checkpoints), collected_together(config.train.gc_interval_steps), explained(config, engine):
-        outcome = trainer.run()
+        try:
+            outcome = trainer.run()
+        except RollBack:
+            for reporter in reporters:
+                reporter.close()
+            raise
     if mesh.is_main:
         _conclude(console, config, folder, outcome, status)
     if outcome[0] != "finished":
@@ -190,6 +217,31 @@ def _trainer_state(config: Config, restore: Restore, lineage: dict, layout: dict
     }
     state.layout, state.config = layout, config.model_dump(mode="json")
     return state
+
+
+def _set_aside(config: Config, mesh: Mesh, console: Console) -> None:
+    """Checkpoints that a rollback went behind are not to be found any more. A collective; raises InputError."""
+    names, problem = [], None
+    if mesh.is_main:
+        try:
+            names = rollback.set_aside(Path(config.run.dir))
+        except OSError as error:
+            problem = f"checkpoints that a rollback went behind cannot be renamed ({error.strerror}); mend that"
+    problem = mesh.share(problem)
+    if problem is not None:
+        raise InputError("run.dir", config.run.dir, problem)
+    for name in names:
+        console.print(f" {name} set aside: the run rolled back behind it", style="yellow")
+
+
+def _finish_rollback(folder: RunFolder, state: TrainerState, stream: MixedStream | None, mesh: Mesh) -> None:
+    """What the ledger says of a rollback to where the run stands now. A collective."""
+    line = mesh.share(rollback.pending(folder.path, state) if mesh.is_main else None)
+    if line is None or stream is None:
+        return
+    stream.exclude(line["exclude"])
+    known = AnomalyState.from_json(state.anomaly)
+    state.anomaly = rolled_back(known, line["number"], line["to_step"], line["lr_scale"], line["calm_step"]).to_json()
 
 
 def _open_folder(folder: RunFolder, config: Config, inputs: Inputs, mesh: Mesh, step: int | None) -> None:

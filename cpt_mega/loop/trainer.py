@@ -7,6 +7,8 @@ from dataclasses import asdict, dataclass, field
 from functools import partial
 from typing import Protocol
 
+from torch import Tensor
+
 from cpt_mega.checkpoint.trainer_state import TrainerState
 from cpt_mega.config import Config
 from cpt_mega.config.schedule import LearningRate
@@ -22,12 +24,13 @@ class StepReport:
     """One step as callbacks see it. Times in seconds; ``real_tokens`` are those that it computed; losses in nats.
 
     ``total_tokens``, ``tokens_by_source`` and ``epochs_by_source`` are the run's, up to and with this step; tokens that a
-    loss mask leaves out are not among them.
+    loss mask leaves out are not among them. ``trained_tokens`` are those of ``total_tokens`` whose update was made.
     """
 
     step: int
     real_tokens: int
     total_tokens: int
+    trained_tokens: int
     loss: float
     result: StepResult
     loss_by_source: dict[str, float]
@@ -60,6 +63,22 @@ class Callback(Protocol):
         """A step went wrong, which all ranks know: collectives may be made, and what earlier steps began be completed."""
 
 
+class Guard(Protocol):
+    """Decides about updates before they are made (``loop/guarding.py``)."""
+
+    @property
+    def lr_scale(self) -> float:
+        """What the schedule's rate is multiplied by in the next step."""
+
+    @property
+    def refusal_is_a_fault(self) -> bool:
+        """Whether an update that was not made ends the run."""
+
+    def judge(
+        self, trainer: "Trainer", step: int, batch: DrawnBatch, row_losses: Tensor, norm: float
+    ) -> float | None: ...
+
+
 @dataclass
 class _Launched:
     """A step that has been handed to the device."""
@@ -68,6 +87,7 @@ class _Launched:
     pending: PendingStep
     step: int
     total_tokens: int
+    trained_tokens: int
     wait_s: float
     seconds: float
 
@@ -78,6 +98,7 @@ class Trainer:
 
     Attributes:
         state: step, tokens, baseline; written into every checkpoint.
+        guard: judges each update.
         decide: writes a decision to the run's ledger.
         outcome: ``(state, reason)`` as ``status.json`` names them, once the run is to end.
         save_requested: whether a user asked for a checkpoint at this boundary.
@@ -87,6 +108,7 @@ class Trainer:
     engine: Engine
     stream: MixedStream | None
     state: TrainerState
+    guard: Guard
     callbacks: Sequence[Callback] = field(default_factory=tuple)
     decide: Callable[[dict], None] = lambda line: None
     outcome: tuple[str, str] | None = None
@@ -114,7 +136,8 @@ class Trainer:
     def run(self) -> tuple[str, str]:
         """Trains until the budget is reached or something stops it; returns ``(state, reason)``.
 
-        Raises FaultError when the loss or the gradient norm is not finite: the last checkpoint is intact.
+        Raises FaultError when the loss or the gradient norm is not finite and the guard has nothing to say: the last
+        checkpoint is intact. Raises RollBack when the guard wants the run to go on from an earlier one.
         """
         for callback in self.callbacks:
             callback.on_start(self)
@@ -137,15 +160,14 @@ class Trainer:
             return
         begin = time.perf_counter()
         result = launched.pending.wait()
-        problem = _not_finite(launched.step, result)
-        if problem is not None:
-            for callback in self.callbacks:
-                callback.on_fault(self)
-            raise FaultError(problem)
+        if result.refused and self.guard.refusal_is_a_fault:
+            self.complete_what_was_begun()
+            raise FaultError(_not_finite(launched.step, result))
         report = StepReport(
             launched.step,
             launched.batch.real_tokens,
             launched.total_tokens,
+            launched.trained_tokens,
             result.loss,
             result,
             self._loss_by_source(launched.batch.refs, result),
@@ -170,6 +192,20 @@ class Trainer:
             {"kind": "weights", "step": self.state.step, "tokens": self.state.tokens, "weights": weights, **why}
         )
         self._record_data_state()
+
+    def exclude(self, rows: Mapping[str, Sequence[int]]) -> None:
+        """Steps past rows of sources from the next step on; at the start or a boundary, on all ranks. Raises as the stream."""
+        if self._batches is None:
+            self.stream.exclude(rows)
+            self.state.stream = self.stream.state.to_json()
+        else:
+            self.state.stream = self._batches.redraw(self.state.stream, lambda stream: stream.exclude(rows))
+        self._record_data_state()
+
+    def complete_what_was_begun(self) -> None:
+        """A step went wrong: saves that earlier steps began come to their end. A collective."""
+        for callback in self.callbacks:
+            callback.on_fault(self)
 
     def _record_data_state(self) -> None:
         """Where the order is set anew, the ledger says from what: between such places it follows from the cursors alone."""
@@ -227,8 +263,9 @@ class Trainer:
         batch = batches.next()
         waited = time.perf_counter() - begin
         # The rate belongs to where the step ends, so that the first step of a re-warm is not at rate zero.
-        rate = partial(self.learning_rate.at, self.state.tokens + batch.tokens)
-        pending = self.engine.train_step(batch.prepared, rate)
+        at, scale = partial(self.learning_rate.at, self.state.tokens + batch.tokens), self.guard.lr_scale
+        judge = partial(self.guard.judge, self, self.state.step + 1, batch)
+        pending = self.engine.train_step(batch.prepared, lambda peak, floor: scale * at(peak, floor), judge)
         self.state.step += 1
         self.state.tokens += batch.tokens
         self.state.stream = batch.stream_state
@@ -239,7 +276,8 @@ class Trainer:
         if batch.dropped:
             self._record_data_state()
         seconds = time.perf_counter() - begin
-        return _Launched(batch, pending, self.state.step, self.state.tokens, waited, seconds)
+        trained = self.state.tokens - self.state.anomaly.get("skipped_tokens", 0)
+        return _Launched(batch, pending, self.state.step, self.state.tokens, trained, waited, seconds)
 
     def _loss_by_source(self, refs: Sequence[RowRef], result: StepResult) -> dict[str, float]:
         """Mean loss (nats) over the real targets of each source that has any in this step."""
@@ -251,11 +289,10 @@ class Trainer:
         return {name: loss / targets for name, (loss, targets) in sums.items() if targets}
 
 
-def _not_finite(step: int, result: StepResult) -> str | None:
-    for name, value in (("loss", result.loss), ("gradient norm", result.grad_norm)):
-        if not math.isfinite(value):
-            return (
-                f"{name} is {value} at step {step}: nothing was saved after the last checkpoint; "
-                "lower optimizer.lr, or look at the rows of this step"
-            )
+def _not_finite(step: int, result: StepResult) -> str:
+    name, value = ("gradient norm", result.grad_norm) if math.isfinite(result.loss) else ("loss", result.loss)
+    return (
+        f"{name} is {value} at step {step}: nothing was saved after the last checkpoint; "
+        "lower optimizer.lr, or look at the rows of this step"
+    )
     return None

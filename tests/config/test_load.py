@@ -129,7 +129,12 @@ ENTRIES = {
     "data.curriculum": {"tokens": "0", "weights": "{a: 1}"},
 }
 # Refused under the name of the option that does not go with it.
-PARTNERS = {"train.micro_batch_size": "train.global_batch_size", "profile.end": "profile.start"}
+PARTNERS = {
+    "train.micro_batch_size": "train.global_batch_size",
+    "profile.end": "profile.start",
+    "anomaly.skip_z": "anomaly.clip_z",
+    "anomaly.roll_back_after": "anomaly.lower_lr_after",
+}
 
 
 def _word(name: str, value: str) -> str:

@@ -3,6 +3,7 @@
 import gc
 import io
 import itertools
+import math
 import os
 import shutil
 import signal
@@ -11,6 +12,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import psutil
@@ -24,6 +26,7 @@ from cpt_mega.config import load_config
 from cpt_mega.config.load import build_config
 from cpt_mega.config.schema import ParallelOptions
 from cpt_mega.data.stream import MixedStream
+from cpt_mega.engine import step as engine_step
 from cpt_mega.engine.context import filled_lengths, gathered_order, rank_positions
 from cpt_mega.engine.fast_paths import environment
 from cpt_mega.engine.memory import explained
@@ -402,6 +405,58 @@ def _each_row_read(first: Callable[[int], None]) -> Iterator[None]:
         yield
     finally:
         MixedStream.read = read
+
+
+@contextmanager
+def _spoiled(first: Callable[[Engine], None], before_update: Callable[[Engine], None], factor: float, steps: list[int]):
+    """Does something before some of a process' steps and before their updates, and multiplies their learning rate."""
+    step, norm, rated = Engine.train_step, engine_step.gradient_norm, engine_step.set_learning_rate
+    numbers, now = itertools.count(1), [None, 0]
+
+    def stepping(engine, *args, **options):
+        now[:] = [engine, next(numbers)]
+        if now[1] in steps:
+            first(engine)
+        return step(engine, *args, **options)
+
+    def measured(optimizer):
+        if now[1] in steps:
+            before_update(now[0])
+        return norm(optimizer)
+
+    def rating(optimizer, options, rate):
+        times = factor if now[1] in steps else 1.0
+        return rated(optimizer, options, lambda peak, floor: times * rate(peak, floor))
+
+    Engine.train_step, engine_step.gradient_norm, engine_step.set_learning_rate = stepping, measured, rating
+    try:
+        yield
+    finally:
+        Engine.train_step, engine_step.gradient_norm, engine_step.set_learning_rate = step, norm, rated
+
+
+def _spoil_weights(engine: Engine) -> None:
+    """As from a spoilt collective: on every process. In fp32 what is updated are views of these."""
+    with torch.no_grad():
+        for parameter in engine.core_chunks[0].parameters():
+            parameter.mul_(-1e3)
+
+
+def _spoil_gradient(engine: Engine, how: str) -> None:
+    """One element, on the last process."""
+    if dist.get_rank() != dist.get_world_size() - 1:
+        return
+    gradient = max((p.main_grad for p in engine.core_chunks[0].parameters()), key=lambda grad: grad.abs().max())
+    place = int(gradient.abs().argmax())
+    gradient.view(-1)[place] = math.nan if how == "nan" else gradient.view(-1)[place] * 2.0**64  # a bit of its exponent
+
+
+def train_spoiled(config: str, overrides: list[str], how: str, steps: list[int]) -> list[str]:
+    """A run in which something goes wrong at some of the steps that a process makes: nan, bit, weight or rate."""
+    first = _spoil_weights if how == "weight" else lambda engine: None
+    before = partial(_spoil_gradient, how=how) if how in ("nan", "bit") else lambda engine: None
+    with _spoiled(first, before, 100.0 if how == "rate" else 1.0, steps):
+        return train(config, overrides)
 
 
 def train_with_a_process_that_hangs(config: str, overrides: list[str], rows: int, hangs_s: float) -> None:

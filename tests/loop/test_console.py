@@ -2,12 +2,12 @@ import io
 
 from rich.console import Console
 
-from cpt_mega.loop.console import MOST_ODD_ROWS, DataEvents
+from cpt_mega.loop.console import MOST_ODD_ROWS, Events
 
 
 def said(*lines):
     stream = io.StringIO()
-    events = DataEvents(Console(file=stream, width=200, markup=False))
+    events = Events(Console(file=stream, width=200, markup=False))
     for line in lines:
         events(line)
     return stream.getvalue().splitlines()

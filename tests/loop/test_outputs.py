@@ -29,10 +29,11 @@ def test_metrics_have_a_line_a_step_and_a_line_a_reading(run):
     lines = metrics(run, "train")
     assert [line["step"] for line in lines] == list(range(1, len(lines) + 1))
     assert lines[0].keys() == {
-        "kind", "step", "tokens", "loss", "grad_norm", "lr", "tokens_per_s_device", "data_wait_s", "loss_by_source",
-        "tokens_by_source", "epochs_by_source", "forward_backward_s", "optimizer_s",
+        "kind", "step", "tokens", "tokens_trained", "refused", "loss", "grad_norm", "lr", "tokens_per_s_device", "data_wait_s",
+        "loss_by_source", "tokens_by_source", "epochs_by_source", "forward_backward_s", "optimizer_s",
     }  # fmt: skip
     last = lines[-1]
+    assert last["tokens_trained"] == last["tokens"] and not any(line["refused"] for line in lines)
     assert sum(last["tokens_by_source"].values()) == last["tokens"] >= 1000
     assert last["tokens_by_source"]["replay"] / last["tokens"] == pytest.approx(0.2, abs=32 / last["tokens"] + 1e-9)
     looks = metrics(run, "eval")

@@ -1,0 +1,230 @@
+"""Steps that stand out, and what is done about them. Pure: numbers of a step and what came before in, a finding out.
+
+A step is judged before its update, on the mean loss and the gradient norm of the whole batch, both as logarithms. Each is
+compared with the median of the last few steps, which follows a loss that falls. What it usually rises or falls by, and how
+much that scatters, are the median and the median absolute deviation of these rises over a longer window, the latter scaled
+to a normal distribution's standard deviation: the distance in these is a robust z-score (Iglewicz and Hoaglin 1993). Mean and
+deviation, as in ZClip (arXiv 2504.02507), would be moved by the very outliers that are looked for. What is done is a ladder:
+the gradient is scaled down, the update refused, the learning rate lowered, the run rolled back, and at last stopped.
+"""
+
+import math
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from statistics import median
+
+from cpt_mega.config.schema import AnomalyOptions
+from cpt_mega.errors import CheckpointError
+
+NONE, CLIP, SKIP = "none", "clip", "skip"
+LOWER, ROLL_BACK = "lower_lr", "roll_back"
+MIN_STEPS = 16  # whose rises are known before deviations are; until then the factors below guard
+MOST_LOSS, MOST_NORM = 2.0, 10.0  # times the most that was seen so far
+_TINY = 1e-30  # of which there is a logarithm
+_LEVEL_STEPS = 16  # whose median is the level
+_NORMAL = 1.4826  # a normal distribution's standard deviation, in median absolute deviations
+_LEAST_LOSS, _LEAST_NORM = 0.02, 0.1  # a deviation is not taken for smaller
+# However much the loss scatters: a step this many times above the level is refused unless that is nothing unusual at all.
+_SPIKE, _UNUSUAL = 2.8, 5.0
+
+
+@dataclass
+class AnomalyState:
+    """What the guard knows of a run; a part of every checkpoint.
+
+    Attributes:
+        losses, norms: of the last steps whose update was made, oldest first; norms before clipping.
+        loss_rises, norm_rises: of the last ``anomaly.window_steps`` of them, above the level before; logarithms.
+        alarms: steps of this episode whose update was refused.
+        flagged: rows of these steps that stood out among the others: ``[source, row]``.
+        lr_scale: what the schedule's learning rate is multiplied by.
+        calm_step: the step after which the rate is the schedule's own again, if no more is refused before.
+        rollbacks: made so far.
+        target: the step that the last of them went back to.
+        skipped_tokens: consumed, but of refused updates.
+    """
+
+    losses: list[float] = field(default_factory=list)
+    norms: list[float] = field(default_factory=list)
+    loss_rises: list[float] = field(default_factory=list)
+    norm_rises: list[float] = field(default_factory=list)
+    alarms: list[int] = field(default_factory=list)
+    flagged: list[list] = field(default_factory=list)
+    lr_scale: float = 1.0
+    calm_step: int | None = None
+    rollbacks: int = 0
+    target: int | None = None
+    skipped_tokens: int = 0
+
+    def to_json(self) -> dict:
+        """Plain values; ``from_json`` gives the same state back."""
+        return asdict(self)
+
+    @classmethod
+    def from_json(cls, values: dict) -> "AnomalyState":
+        """Raises CheckpointError for values that ``to_json`` did not make; an empty one is a new run's."""
+        try:
+            state = cls(**values)
+            for name in ("losses", "norms", "loss_rises", "norm_rises"):
+                setattr(state, name, list(map(float, getattr(state, name))))
+            state.alarms = list(map(int, state.alarms))
+            state.flagged = [[str(source), int(row)] for source, row in state.flagged]
+            state.lr_scale, state.rollbacks = float(state.lr_scale), int(state.rollbacks)
+            state.skipped_tokens = int(state.skipped_tokens)
+        except (TypeError, ValueError, AttributeError) as error:
+            raise CheckpointError("anomaly window", values, f"cannot be read ({error}); use an older one") from error
+        return state
+
+
+@dataclass(frozen=True)
+class Finding:
+    """What the guard says of a step.
+
+    Attributes:
+        what: NONE, CLIP or SKIP.
+        by_loss: whether it was the loss; otherwise the gradient alone, which does not say whose it was.
+        why: a sentence's part; empty for NONE.
+        most_norm: what the gradient norm is scaled down to; infinite where nothing is.
+    """
+
+    what: str = NONE
+    why: str = ""
+    by_loss: bool = True
+    most_norm: float = math.inf
+
+
+def judge(state: AnomalyState, options: AnomalyOptions, expected: float, loss: float, norm: float) -> Finding:
+    """Compares a step with those before it.
+
+    Args:
+        expected: the most that the first losses of this model may be, as far as anything is known; nats.
+        loss: mean over the batch's targets, nats.
+        norm: of the gradient, before clipping.
+    """
+    if not math.isfinite(loss):
+        return Finding(SKIP, f"loss is {loss}")
+    finding = (
+        _early(state, expected, loss, norm) if len(state.loss_rises) < MIN_STEPS else _late(state, options, loss, norm)
+    )
+    if finding.what != SKIP and not math.isfinite(norm):
+        return Finding(SKIP, f"gradient norm is {norm}", by_loss=False)
+    return finding
+
+
+def _early(state: AnomalyState, expected: float, loss: float, norm: float) -> Finding:
+    most = max(expected, MOST_LOSS * max(state.losses, default=0.0))
+    if loss > most:
+        return Finding(SKIP, f"loss {loss:.4g} is above {most:.4g}, the most for a first step")
+    if state.norms and norm > MOST_NORM * max(state.norms):
+        return Finding(SKIP, f"gradient norm {norm:.4g} is {MOST_NORM:g} times what any step before had", by_loss=False)
+    return Finding()
+
+
+def _late(state: AnomalyState, options: AnomalyOptions, loss: float, norm: float) -> Finding:
+    usual, scatter = _scatter(state.loss_rises, _LEAST_LOSS)
+    rise = _rise(state.losses, loss) - usual
+    if rise > min(options.skip_z * scatter, max(math.log(_SPIKE), _UNUSUAL * scatter)):
+        return Finding(SKIP, _words("loss", loss, state.losses, rise / scatter))
+    usual, scatter = _scatter(state.norm_rises, _LEAST_NORM)
+    rise = _rise(state.norms, norm) - usual
+    words = _words("gradient norm", norm, state.norms, rise / scatter)
+    if rise > options.skip_z * scatter:
+        return Finding(SKIP, words, by_loss=False)
+    if rise > options.clip_z * scatter:
+        most = _level(state.norms) * math.exp(usual + options.clip_z * scatter)
+        return Finding(CLIP, words, by_loss=False, most_norm=most)
+    return Finding()
+
+
+def _words(name: str, value: float, before: Sequence[float], z_score: float) -> str:
+    return f"{name} {value:.4g} lies {z_score:.1f} deviations above the usual after {_level(before):.4g}"
+
+
+def _level(before: Sequence[float]) -> float:
+    return median(before[-_LEVEL_STEPS:])
+
+
+def _rise(before: Sequence[float], value: float) -> float:
+    """Above the level, as a logarithm."""
+    return math.log(max(value, _TINY) / max(_level(before), _TINY))
+
+
+def _scatter(rises: Sequence[float], least: float) -> tuple[float, float]:
+    """The usual rise, and the deviation from it."""
+    usual = median(rises)
+    return usual, max(_NORMAL * median(abs(rise - usual) for rise in rises), least)
+
+
+def first_losses(baseline: dict[str, float], vocab_size: int) -> float:
+    """The most that a first loss may be: twice the worst step-0 reading, or what a model that knows nothing would have.
+
+    Args:
+        baseline: perplexity by bucket; may be empty.
+    """
+    known = [math.log(value) for value in baseline.values() if value > 1 and math.isfinite(value)]
+    return MOST_LOSS * max(known) if known else 1.5 * math.log(vocab_size)
+
+
+def blamed(rows: Sequence[tuple[float, float]], usual: float | None) -> list[int]:
+    """The rows of a refused batch that raised its loss, by their place in it; none where it was most of them.
+
+    Args:
+        rows: sum of losses (nats) and number of targets of each.
+        usual: the loss of a usual batch, nats; None where nothing is known yet.
+
+    A row is blamed that is not finite, or that lies twice as far above the usual as the batch does: were all rows raised alike,
+    it would be the model that has changed, and no row could be blamed.
+    """
+    means = {place: loss / targets for place, (loss, targets) in enumerate(rows) if targets}
+    odd = [place for place, mean in means.items() if not math.isfinite(mean)]
+    if not odd:
+        usual = median(means.values()) if usual is None else usual
+        rise = sum(loss for loss, _ in rows) / sum(targets for _, targets in rows) - usual
+        odd = [place for place, mean in means.items() if rise > 0 and mean - usual >= 2 * rise]
+    return odd if 2 * len(odd) <= len(means) else []
+
+
+def accept(state: AnomalyState, options: AnomalyOptions, step: int, loss: float, norm: float) -> bool:
+    """Takes the numbers of a step whose update is made; whether the learning rate is the schedule's own again with it."""
+    if state.losses:
+        state.loss_rises = [*state.loss_rises, _rise(state.losses, loss)][-options.window_steps :]
+        state.norm_rises = [*state.norm_rises, _rise(state.norms, norm)][-options.window_steps :]
+    state.losses, state.norms = [*state.losses, loss][-_LEVEL_STEPS:], [*state.norms, norm][-_LEVEL_STEPS:]
+    if state.calm_step is None or step < state.calm_step:
+        return False
+    state.lr_scale, state.calm_step, state.alarms, state.flagged = 1.0, None, [], []
+    return True
+
+
+def alarm(state: AnomalyState, options: AnomalyOptions, step: int, flagged: list[list]) -> str:
+    """Takes a step whose update was refused; SKIP, LOWER or ROLL_BACK: how high on the ladder that is."""
+    recent = [earlier for earlier in state.alarms if earlier > step - options.cool_down_steps]
+    if not recent:
+        state.flagged = []
+    state.alarms = [*recent, step]
+    state.flagged += [row for row in flagged if row not in state.flagged]
+    if len(state.alarms) >= options.roll_back_after:
+        return ROLL_BACK
+    if len(state.alarms) >= options.lower_lr_after:
+        state.lr_scale *= options.lr_factor
+        state.calm_step = step + options.cool_down_steps
+        return LOWER
+    return SKIP
+
+
+def rolled_back(state: AnomalyState, number: int, target: int, lr_scale: float, calm_step: int) -> AnomalyState:
+    """A checkpoint's own state as it is after the so-manieth rollback: with its window, no alarms, and a lowered rate."""
+    taken = {"rollbacks": number, "target": target, "lr_scale": lr_scale, "calm_step": calm_step}
+    return replace(state, **taken, alarms=[], flagged=[])
+
+
+def rollback_target(state: AnomalyState, options: AnomalyOptions, steps: Iterable[int]) -> int | None:
+    """The newest of the checkpoints at ``steps`` that is older than this episode; None where there is none.
+
+    Where the last rollback was followed by another episode before the run had cooled down, it did not go back far enough: what
+    spoilt the run was in that checkpoint already.
+    """
+    first = state.alarms[0]
+    if state.target is not None and first <= state.target + options.cool_down_steps:
+        first = min(first, state.target)
+    return max((step for step in steps if step < first), default=None)
