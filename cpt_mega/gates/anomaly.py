@@ -25,7 +25,7 @@ _LEVEL_STEPS = 16  # whose median is the level
 _NORMAL = 1.4826  # a normal distribution's standard deviation, in median absolute deviations
 _LEAST_LOSS, _LEAST_NORM = 0.02, 0.1  # a deviation is not taken for smaller
 # However much the loss scatters: a step this many times above the level is refused unless that is nothing unusual at all.
-_SPIKE, _UNUSUAL = 2.8, 5.0
+_SPIKE, _UNUSUAL = 2.0, 5.0
 
 
 @dataclass
@@ -112,7 +112,8 @@ def judge(state: AnomalyState, options: AnomalyOptions, expected: float, loss: f
 
 
 def _early(state: AnomalyState, expected: float, loss: float, norm: float) -> Finding:
-    most = max(expected, MOST_LOSS * max(state.losses, default=0.0))
+    seen = len(state.losses)
+    most = max(expected, MOST_LOSS * max(state.losses, default=0.0)) if seen < 4 else MOST_LOSS * _level(state.losses)
     if loss > most:
         return Finding(SKIP, f"loss {loss:.4g} is above {most:.4g}, the most for a first step")
     if state.norms and norm > MOST_NORM * max(state.norms):
@@ -123,7 +124,7 @@ def _early(state: AnomalyState, expected: float, loss: float, norm: float) -> Fi
 def _late(state: AnomalyState, options: AnomalyOptions, loss: float, norm: float) -> Finding:
     usual, scatter = _scatter(state.loss_rises, _LEAST_LOSS)
     rise = _rise(state.losses, loss) - usual
-    if rise > min(options.skip_z * scatter, max(math.log(_SPIKE), _UNUSUAL * scatter)):
+    if rise > min(options.loss_z * scatter, max(math.log(_SPIKE), _UNUSUAL * scatter)):
         return Finding(SKIP, _words("loss", loss, state.losses, rise / scatter))
     usual, scatter = _scatter(state.norm_rises, _LEAST_NORM)
     rise = _rise(state.norms, norm) - usual

@@ -84,7 +84,7 @@ class AnomalyGuard(NullCallback):
         loss = mean_loss(row_losses)
         finding = self._finding(loss, norm)
         if finding.what != NONE and self.options.action == LOG:
-            trainer.decide(_line(step, LOG, finding, loss, norm))
+            trainer.decide({**_line(step, LOG, finding, loss, norm), "would": finding.what})
             finding = Finding(SKIP) if not math.isfinite(loss) else Finding()
         elif finding.what == SKIP and self.options.action == ACT:
             places = self._blamed(row_losses.tolist(), finding)

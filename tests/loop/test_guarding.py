@@ -6,6 +6,7 @@ import random
 import pytest
 import torch
 
+from cpt_mega.loop.replay import Replay
 from tests.helpers.jobsite import checkpoint_tensors, metrics, status, write_documents
 from tests.helpers.workers import JobFailed
 
@@ -120,14 +121,14 @@ def poisoned(tmp_path_factory):
     write_documents(folder / "good", counting * 4)
     write_documents(folder / "bad", [[*(draw.randrange(1, 250) for _ in range(31)), 0] for _ in range(10)])
     sources = "[{name: good, path: %s, role: domain}, {name: bad, path: %s, role: replay}]"
-    points = [(0, "good: 1"), (22000, "good: 1"), (22001, "good: 1, bad: 0.03")]
+    points = [(0, "good: 1"), (20000, "good: 1"), (20001, "good: 1, bad: 0.03")]
     curriculum = ", ".join(f"{{tokens: {tokens}, weights: {{{weights}}}}}" for tokens, weights in points)
     return [
         "data.sources=" + sources % (folder / "good", folder / "bad"),
         f"data.curriculum=[{curriculum}]",
         "data.max_epochs=1",
         "data.at_max_epochs=drop",
-        "train.tokens=40000",
+        "train.tokens=29000",
         "schedule.warmup_tokens=0",
         "optimizer.lr=1e-2",
         "eval.sets=[]",
@@ -154,3 +155,31 @@ def test_a_poisoned_run_goes_back_leaves_out_what_poisoned_it_and_can_be_told_ag
     fields = ("step", "tokens", "tokens_trained", "loss", "grad_norm", "lr", "tokens_by_source")
     assert [[line[f] for f in fields] for line in again] == [[line[f] for f in fields] for line in lines]
     same(tmp_path / "a", tmp_path / "b")
+
+
+def test_a_rollback_that_a_kill_came_between_is_finished_by_the_next_start(workers, jobsite, tmp_path):
+    """All that there is of it is its line in the ledger."""
+    words = [f"run.dir={tmp_path}", *STEPS, "train.tokens=3000", "checkpoint.interval_tokens=1000"]
+    workers(1).run("train", config=jobsite.config, overrides=words)
+    before = metrics(tmp_path, "train")
+    target = next(line["step"] for line in before if line["tokens"] >= 1000)
+    drawn = {row for step in range(target + 1, target + 3) for row in rows_of(tmp_path, step)}
+    line = {"kind": "rollback", "run_id": status(tmp_path)["run_id"], "number": 1, "step": before[-1]["step"]}
+    exclude = {source: [row for name, row in drawn if name == source] for source in {name for name, _ in drawn}}
+    more = {"to_step": target, "exclude": exclude, "lr_scale": 0.5, "calm_step": target + 3}
+    with open(tmp_path / "ledger.jsonl", "a") as stream:
+        stream.write(json.dumps({**line, **more}) + "\n")
+    assert workers(1).run("train", config=jobsite.config, overrides=words)[0][0] == "finished"
+    lines, kept = metrics(tmp_path, "train"), sorted(path.name for path in (tmp_path / "checkpoints").iterdir())
+    assert [name.startswith(".rolled_back_1-iter_") for name in kept].count(True) == 2
+    assert lines[:target] == before[:target]
+    assert [line["lr"] for line in lines[target : target + 4]] == [5e-4, 5e-4, 5e-4, 1e-3]
+    assert not drawn & {row for step in range(target + 1, len(lines) + 1) for row in rows_of(tmp_path, step)}
+    assert lines[-1]["tokens"] >= 3000
+    again = metrics(tmp_path, "train")
+    workers(1).run("train", config=jobsite.config, overrides=words)  # and only once
+    assert metrics(tmp_path, "train") == again
+
+
+def rows_of(run, step) -> list[tuple[str, int]]:
+    return [(row.source, row.row) for row in Replay(run).rows_of(step)]

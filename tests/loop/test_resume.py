@@ -82,9 +82,9 @@ def _same_checkpoint(a, b) -> None:
     for name, tensor in one.items():
         assert torch.equal(tensor, other[name]), name
     states = [json.loads((folder / "trainer_state.json").read_text()) for folder in (a, b)]
-    for field in ("step", "tokens", "stream", "baseline"):
+    for field in ("step", "tokens", "stream", "baseline", "anomaly"):
         assert states[0][field] == states[1][field]
-    assert states[0]["stream"]["sources"]["domain"]["rows_taken"] > 0
+    assert states[0]["stream"]["sources"]["domain"]["rows_taken"] > 0 and states[0]["anomaly"]["losses"]
 
 
 def test_state_saved_at_one_layout_goes_on_at_others(workers, jobsite, tmp_path):
