@@ -49,6 +49,7 @@ def main() -> int:
     parser.add_argument("--steps", type=int, default=2000, help="steps of each (2000)")
     parser.add_argument("--spikes", type=int, default=200, help="steps of each run at which one is planted (200)")
     parser.add_argument("--factor", type=float, default=3.0, help="what the loss is multiplied by there (3)")
+    parser.add_argument("--json", type=Path, help="also writes every run's losses, norms and findings")
     options = parser.parse_args()
     console, begin = Console(), time.monotonic()
     with tempfile.TemporaryDirectory(prefix="anomalies_") as name, ThreadPoolExecutor(2) as two:
@@ -59,6 +60,8 @@ def main() -> int:
             left = (time.monotonic() - begin) / (seed + 1) * (options.seeds - seed - 1)
             console.print(f"seed {seed}: {run['said']}; {left:.0f} s left")
     console.print(table(options, found))
+    if options.json is not None:
+        options.json.write_text(json.dumps(found))
     console.print(
         f"Python {platform.python_version()}, torch {version('torch')}, megatron-core {version('megatron-core')}"
     )
