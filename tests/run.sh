@@ -24,7 +24,7 @@ for other in "python3.$minor" "${PYENV_ROOT:-$HOME/.pyenv}"/versions/3."$minor".
   if "$other" -c '' 2>/dev/null; then
     echo "the engine again on $("$other" --version), in .venv-3.$minor (torch for 3.12 brings CUDA: 5 GB)"
     VENV="$root/.venv-3.$minor" PYTHON="$other" bash "$root/launch/install.sh" test
-    exec "$root/.venv-3.$minor/bin/python" -m pytest "${again[@]}" tests/engine tests/loop/test_resume.py
+    exec "$root/.venv-3.$minor/bin/python" -m pytest "${again[@]}" tests/engine tests/loop/test_resume.py tests/loop/test_guarding.py
   fi
 done
 echo "the engine did not run on the other megatron-core: no Python 3.$minor on this machine"
