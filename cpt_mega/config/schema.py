@@ -230,6 +230,10 @@ class AnomalyOptions(Section):
 
 class LoggingOptions(Section):
     interval_steps: PositiveInt = Field(10, description="steps between console lines")
+    rank_interval_steps: PositiveInt | None = Field(
+        100,
+        description="steps between comparisons of the processes' own times, by which slow ones are named; null: never",
+    )
     tensorboard: bool = Field(True, description="write TensorBoard events to run.dir/tensorboard")
     wandb: Literal["off", "offline", "online"] = Field("off", description="Weights & Biases; offline needs no account")
     wandb_project: str = Field("cpt_mega", description="W&B project")

@@ -1,6 +1,7 @@
 """A ``ModelShape`` as a megatron-core model on this process's mesh."""
 
 import math
+from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
@@ -137,11 +138,21 @@ def _build_chunk(core: TransformerConfig, shape: ModelShape, mesh: Mesh, stage: 
     return model.cuda()
 
 
-def wrap_for_training(chunks: list[GPTModel], config: Config) -> list[DistributedDataParallel]:
-    """The model under core's data parallelism, gradients accumulated and reduced in fp32."""
+def wrap_for_training(
+    chunks: list[GPTModel], config: Config, arrived: Callable[[], None]
+) -> list[DistributedDataParallel]:
+    """The model under core's data parallelism, gradients accumulated and reduced in fp32.
+
+    ``arrived`` is called in each step when this rank's gradients are ready to be reduced.
+    """
     core = chunks[0].config
     options = ddp_config(config)
-    core.finalize_model_grads_func = finalize_model_grads
+
+    def finalize(*args, **options):
+        arrived()
+        return finalize_model_grads(*args, **options)
+
+    core.finalize_model_grads_func = finalize
     # As Megatron-LM has it: only the first chunk's gradients come last, where buckets could overlap with the backward pass.
     wrapped = [
         DistributedDataParallel(core, options, _in_precision(chunk), disable_bucketing=i > 0)

@@ -36,13 +36,15 @@ class StepResult:
         grad_norm: before clipping.
         refused: whether no update was made: weights, moments and their step count are what they were.
         lr: of the parameters that have no rate of their own.
-        forward_backward_s, optimizer_s: seconds on the device.
+        own_s: seconds until this rank's gradients were ready to be reduced.
+        forward_backward_s, optimizer_s: seconds on the device; own_s is a part of the former.
     """
 
     row_losses: Tensor
     grad_norm: float
     refused: bool
     lr: float
+    own_s: float
     forward_backward_s: float
     optimizer_s: float
 
@@ -89,7 +91,8 @@ class PendingStep:
 
     def wait(self) -> StepResult:
         """The numbers, once they are there."""
-        return StepResult(self.losses, self.grad_norm, self.refused, self.lr, *self.clock.seconds())
+        own, reduction, optimizer = self.clock.seconds()
+        return StepResult(self.losses, self.grad_norm, self.refused, self.lr, own, own + reduction, optimizer)
 
 
 class Engine:
@@ -102,7 +105,15 @@ class Engine:
     def __init__(self, config: Config, shape: ModelShape, mesh: Mesh, train: bool = True):
         self.config, self.shape, self.mesh = config, shape, mesh
         self.core_chunks = build_chunks(config, shape, mesh)
-        self.chunks = wrap_for_training(self.core_chunks, config) if train else wrap_for_scoring(self.core_chunks)
+        clocks: list[
+            PhaseClock
+        ] = []  # of the step under way; core must not hold the engine, which would never be freed
+        self._clocks = clocks
+        self.chunks = (
+            wrap_for_training(self.core_chunks, config, lambda: clocks[-1].mark())
+            if train
+            else wrap_for_scoring(self.core_chunks)
+        )
         self.optimizer = build_optimizer(self.chunks, config) if train else None
         multiple = token_multiple(config.precision) * (mesh.tp if config.parallel.sp else 1)
         self._part = ContextPart(mesh.cp, mesh.groups.cp.rank(), multiple)
@@ -142,6 +153,7 @@ class Engine:
         not made at all: multiplying it by zero would be no guard, since 0 times NaN is NaN.
         """
         clock = PhaseClock()
+        self._clocks[:] = [clock]
         self._set_training(True)
         self._gather_while_computing()
         for chunk in self.chunks:

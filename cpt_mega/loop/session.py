@@ -46,6 +46,7 @@ from cpt_mega.loop.run_folder import RunFolder
 from cpt_mega.loop.signals import StopRequest
 from cpt_mega.loop.start_up import StartUp
 from cpt_mega.loop.status import Status
+from cpt_mega.loop.stragglers import Stragglers
 from cpt_mega.loop.trainer import Trainer
 
 
@@ -155,6 +156,7 @@ def _run_claimed(
         Control(request, folder),
         watch,
         Housekeeping(),
+        Stragglers(folder, console),
         AdaptiveWeights(),
         Evaluation(inputs.sets, folder, reporters, console),
         checkpoints,

@@ -470,6 +470,22 @@ def train_with_a_process_that_hangs(config: str, overrides: list[str], rows: int
         train(config, overrides)
 
 
+def train_with_a_slow_process(config: str, overrides: list[str], slow_s: float) -> None:
+    """A run whose last process takes longer than the others in every forward and backward pass."""
+    losses = Engine._losses
+
+    def slowly(engine, *args, **options):
+        if dist.get_rank() == dist.get_world_size() - 1:
+            time.sleep(slow_s)
+        return losses(engine, *args, **options)
+
+    Engine._losses = slowly
+    try:
+        train(config, overrides)
+    finally:
+        Engine._losses = losses
+
+
 def train_slowly_and_fail(config: str, overrides: list[str], rows: int, slow_s: float) -> None:
     """A run with one row that takes longer than a watchdog waits that is set too short, and one later that cannot be read."""
 
