@@ -12,7 +12,7 @@ _LEAST_S = 0.005  # differences below say nothing
 
 
 class Stragglers(NullCallback):
-    """Every ``logging.rank_interval_steps`` a line of metrics with each process' own time in a step; on the console who is slow.
+    """Every ``logging.rank_interval_steps`` a line of metrics with each process' own time; on the console who is slow.
 
     A process' own time is that of reading its rows and of computing until its gradients are ready to be reduced. The processes
     of one replica wait for each other in every layer, so they have nearly the same; replicas wait for each other only then.
