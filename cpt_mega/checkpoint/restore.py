@@ -9,7 +9,7 @@ auto             full from the newest checkpoint of ``run.dir`` when there is on
 """
 
 import copy
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from cpt_mega.checkpoint.contract import HARMLESS, Contract, Row, class_of, short
@@ -44,6 +44,7 @@ class Restore:
         state: the checkpoint's own, None for a new run.
         same_layout: whether generators fit.
         same_run: whether the run in this folder goes on; otherwise it gets an id of its own, and the checkpoint as its parent.
+        baseline: step-0 readings, by bucket, that a new run which trains nothing takes over: its checkpoint is judged by them.
     """
 
     start: Start
@@ -51,6 +52,7 @@ class Restore:
     same_layout: bool
     same_run: bool
     contract: Contract
+    baseline: dict = field(default_factory=dict)
 
     @property
     def rows(self) -> list[Row]:
@@ -114,7 +116,7 @@ def plan_restore(config: Config, start: Start, lineage: dict, layout: dict[str, 
     contract = Contract(config.restore.accept)
     if start.mode == FULL:
         return _full(config, start, lineage, layout, contract)
-    return _new_run(config, start, contract)
+    return _new_run(config, start, lineage, contract)
 
 
 def apply_restore(restore: Restore, engine: Engine) -> None:
@@ -130,7 +132,7 @@ def apply_restore(restore: Restore, engine: Engine) -> None:
         engine_state.load_everything(engine, folder, restore.same_layout)
 
 
-def _new_run(config: Config, start: Start, contract: Contract) -> Restore:
+def _new_run(config: Config, start: Start, lineage: dict, contract: Contract) -> Restore:
     contract.add("weights", "restored", str(start.folder))
     if start.mode == MOMENTS:
         state = read_state(start.folder)
@@ -148,11 +150,25 @@ def _new_run(config: Config, start: Start, contract: Contract) -> Restore:
     contract.add("learning-rate schedule", "fresh", "from its re-warm")
     contract.add("data cursors", "fresh", "from the first row")
     contract.add("generators", "fresh", "from train.seed")
-    contract.add("gate history", "fresh", "baseline taken at step 0")
+    baseline = _baseline_of_parent(config, start, lineage)
+    if baseline:
+        words = f"baseline of {', '.join(baseline)}: nothing is trained, the checkpoint is judged by its run's step 0"
+        contract.add("gate history", "restored", words)
+    else:
+        contract.add("gate history", "fresh", "baseline taken at step 0")
     contract.add("anomaly window", "fresh", "the first steps are guarded by bounds")
     contract.add("FP8 scales", "fresh", _fp8_note(config))
     _compare_with_parent(config, start, contract)
-    return Restore(start, None, False, False, contract)
+    return Restore(start, None, False, False, contract, baseline)
+
+
+def _baseline_of_parent(config: Config, start: Start, lineage: dict) -> dict:
+    """Step-0 readings of the run a checkpoint is from, of items that are the same today; only where nothing is trained."""
+    if config.train.tokens or not has_state(start.folder):
+        return {}
+    state = read_state(start.folder)
+    before, now = state.lineage["eval"], lineage["eval"]
+    return {name: value for name, value in state.baseline.items() if name in now and not _differs(before, now, name)}
 
 
 def _compare_with_parent(config: Config, start: Start, contract: Contract) -> None:

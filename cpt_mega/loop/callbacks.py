@@ -144,7 +144,11 @@ class Evaluation(NullCallback):
         self.sets, self.folder, self.reporters, self.console = sets, folder, reporters, console
 
     def on_start(self, trainer: Trainer) -> None:
-        """Takes the baseline of every bucket that has none: all at step 0, new ones when ``eval.sets`` was changed later."""
+        """Takes the baseline of every bucket that has none: all at step 0, new ones when ``eval.sets`` was changed later.
+
+        Judges where nothing is trained and the checkpoint's run has a baseline, and where a gate stopped the run.
+        """
+        only_judges = not trainer.config.train.tokens and bool(trainer.state.baseline)
         missing = {held.bucket for held in self.sets} - trainer.state.baseline.keys()
         if missing:
             values = by_bucket(self._look(trainer))
@@ -152,7 +156,7 @@ class Evaluation(NullCallback):
             trainer.state.baseline = {**trainer.state.baseline, **taken}
             place = {"step": trainer.state.step, "tokens": trainer.state.tokens}
             self.folder.decide({"kind": "baseline", **place, "perplexity": taken})
-        if trainer.state.gate_stop:  # a verdict holds until the same judge says otherwise
+        if trainer.state.gate_stop or only_judges:  # a verdict holds until the same judge says otherwise
             trainer.state.gate_stop = ""
             self._judge(trainer)
 

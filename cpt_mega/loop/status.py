@@ -4,7 +4,7 @@ import shlex
 
 from cpt_mega.checkpoint.trainer_state import TrainerState
 from cpt_mega.loop.callbacks import NullCallback
-from cpt_mega.loop.run_folder import LEDGER, RunFolder
+from cpt_mega.loop.run_folder import LEDGER, METRICS, RunFolder
 from cpt_mega.loop.trainer import Trainer
 
 
@@ -30,6 +30,8 @@ class Status(NullCallback):
         run, export = (shlex.quote(str(path)) for path in (self.folder.path, self.folder.path / "export"))
         if state == "finished" and self.exports:
             return f"python -m cpt_mega.score --checkpoint {export} --input ROWS.jsonl --output SCORES.jsonl"
+        if state == "finished" and not self.state.step:  # only looked at
+            return f"tail -n 5 {shlex.quote(str(self.folder.path / METRICS))}"
         if state == "finished":
             return f"python tools/export_hf.py --checkpoint {run} --output {export}"
         if state == "preempted":  # what was accepted stands in the checkpoint now, and is no licence for other changes

@@ -119,3 +119,29 @@ def test_other_items_under_the_same_path_are_refused(workers, jobsite, tmp_path)
     ledger = [json.loads(line) for line in (run / "ledger.jsonl").read_text().splitlines()]
     baselines = [line["perplexity"]["general"] for line in ledger if line["kind"] == "baseline"]
     assert baselines[0] == before and len(baselines) == 2 and baselines[1] != before
+
+
+def test_a_checkpoint_is_judged_alone_by_its_runs_step_zero(workers, jobsite, tmp_path):
+    """Nothing is trained or saved; 80 when a gate objects. On an import there is nothing to judge by."""
+    words = ["train.tokens=1500", "optimizer.lr=1.0", "gates.general_perplexity_limit=null"]
+    assert _run(workers, jobsite, tmp_path / "run", 1, *words)[0] == "finished"
+    base, end = (metrics(tmp_path / "run", "eval")[at]["value"] for at in (1, -1))
+    assert end > 1.2 * base
+    only = [
+        "train.tokens=0",
+        "schedule.warmup_tokens=0",
+        "restore.mode=weights",
+        f"model.checkpoint={tmp_path / 'run'}",
+    ]
+    for limit, ends in ((0.15, "gate_stop"), (end / base, "finished")):
+        state, _ = _run(
+            workers, jobsite, tmp_path / ends, 2, *only, "parallel.tp=2", f"gates.general_perplexity_limit={limit}"
+        )
+        assert state == ends and not (tmp_path / ends / "checkpoints").exists()
+        assert metrics(tmp_path / ends, "eval")[-1]["value"] == pytest.approx(end, rel=1e-5)
+    assert status(tmp_path / "gate_stop")["exit_code"] == 80
+    assert status(tmp_path / "finished")["next_command"].startswith("tail -n 5")
+    assert (
+        _run(workers, jobsite, tmp_path / "import", 1, *only[:-1], "gates.general_perplexity_limit=0.15")[0]
+        == "finished"
+    )

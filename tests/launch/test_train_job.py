@@ -1,6 +1,7 @@
 """launch/slurm/train.sbatch: how its job ends, and that a run goes on through whatever happens to it."""
 
 import os
+import shutil
 import signal
 import subprocess
 from pathlib import Path
@@ -16,6 +17,7 @@ SCRIPT = ROOT / "launch" / "slurm" / "train.sbatch"
 # Stands for the launcher of a repository: each start ends as the next line of `ends` says, STATE CODE STEP REASON.
 LAUNCHER = """
 mkdir -p "$LOG_DIR/$SLURMD_NODENAME"
+echo "$*" > words
 line=$(sed -n "$((SLURM_RESTART_COUNT + 1))p" ends)
 read -r state code step reason <<<"$line"
 while [ "$state" = preempted ] && [ "$reason" = asked ] && [ ! -e run/STOP ]; do touch waits; sleep 0.02; done
@@ -48,12 +50,15 @@ def site(tmp_path):
     (repository / "python").chmod(0o755)
     slurms = []
 
-    def submit(ends: list[str], machines: int = 2, there: int = 3, cancelled=False, **environment) -> SmallSlurm:
+    def submit(
+        ends: list[str], *words, machines: int = 2, there: int = 3, cancelled=False, **environment
+    ) -> SmallSlurm:
         (repository / "ends").write_text("\n".join(ends) + "\n")
         slurm = SmallSlurm(tmp_path / "slurm", there, cancelled=cancelled).__enter__()
         slurms.append(slurm)
         environment = {"PYTHON": "./python", "OMP_NUM_THREADS": "1", **environment}
-        slurm.submit(SCRIPT, "train.yaml", machines=machines, submit_from=repository, **environment)
+        script, *words = words or (SCRIPT, "train.yaml")
+        slurm.submit(script, *words, machines=machines, submit_from=repository, **environment)
         return slurm
 
     submit.repository = repository
@@ -75,6 +80,18 @@ def test_what_ends_a_run_ends_its_job(site, end, code):
     slurm = site([end])
     assert slurm.wait() == (DONE, code), slurm.log()
     assert len(slurm.starts) == 1
+
+
+def test_a_job_for_the_gates_alone_trains_nothing_and_ends_with_their_word(site):
+    shutil.copytree(SCRIPT.parent, site.repository / "launch" / "slurm")
+    gates = SCRIPT.with_name("gates.sbatch")
+    slurm = site(["gate_stop 80 0 general perplexity"], gates, "train.yaml", "runs/a", "judged", "gates.x=1")
+    assert slurm.wait() == (DONE, 80), slurm.log()
+    words = (site.repository / "words").read_text().split()
+    assert words[:3] == ["train.yaml", "model.checkpoint=runs/a", "run.dir=judged"]
+    assert {"train.tokens=0", "restore.mode=weights"} < set(words) and words[-1] == "gates.x=1"
+    done = subprocess.run(["bash", gates, "train.yaml"], capture_output=True, text=True)
+    assert done.returncode == 2 and "CONFIG CHECKPOINT RUN_DIR" in done.stderr
 
 
 def test_a_wrong_configuration_starts_nothing(site):
