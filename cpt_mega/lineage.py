@@ -21,6 +21,7 @@ from cpt_mega.errors import CheckpointError
 
 MANIFEST = "manifest.json"
 COMPLETE = "COMPLETE"
+_DEEPEST_JSON = 64  # of values within values: nothing that is written here comes near
 
 
 def file_digest(path: str | os.PathLike) -> str:
@@ -73,11 +74,23 @@ def is_inside(folder: str | os.PathLike, name: object) -> bool:
 
 
 def read_json(path: str | os.PathLike) -> object:
-    """What a JSON file holds. Raises OSError and ValueError, the latter also for values nested without end."""
+    """What a JSON file holds. Raises OSError, and ValueError as ``parse_json`` does."""
+    return parse_json(Path(path).read_text(encoding="utf-8"))
+
+
+def parse_json(text: str) -> object:
+    """A JSON document. Raises ValueError, also for one nested so deeply that who walks through it may run out of stack."""
     try:
-        return json.loads(Path(path).read_text(encoding="utf-8"))
+        value = json.loads(text)
     except RecursionError as error:
         raise ValueError("nested too deeply") from error
+    level = [value]
+    for _ in range(_DEEPEST_JSON + 1):
+        inner = (one.values() if isinstance(one, dict) else one for one in level if isinstance(one, dict | list))
+        level = [one for values in inner for one in values if isinstance(one, dict | list)]
+        if not level:
+            return value
+    raise ValueError("nested too deeply")
 
 
 def folder_files(folder: str | os.PathLike) -> list[str]:
