@@ -21,6 +21,7 @@ from cpt_mega.errors import CheckpointError
 
 MANIFEST = "manifest.json"
 COMPLETE = "COMPLETE"
+_LONGEST_NAME = 255  # of a file, in all common file systems
 _DEEPEST_JSON = 64  # of values within values: nothing that is written here comes near
 
 
@@ -64,8 +65,12 @@ def is_local_name(name: object) -> bool:
     """Whether a name that a file gives for another means a file in or below its own folder, links aside."""
     if not isinstance(name, str) or not name or "\\" in name or "\0" in name:
         return False
+    try:
+        length = len(os.fsencode(name))
+    except UnicodeEncodeError:
+        return False
     parts = name.split("/")  # a leading slash gives an empty one
-    return not {"", ".", ".."} & set(parts)
+    return length <= _LONGEST_NAME and not {"", ".", ".."} & set(parts)
 
 
 def is_inside(folder: str | os.PathLike, name: object) -> bool:
@@ -148,7 +153,7 @@ def sealed_files(folder: str | os.PathLike) -> dict[str, dict]:
     try:
         files = read_json(folder / MANIFEST)["files"]
         sealed = {str(name): {"bytes": int(f["bytes"]), "sha256": str(f["sha256"])} for name, f in files.items()}
-    except (ValueError, KeyError, TypeError, AttributeError, OverflowError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, OverflowError) as error:
         raise CheckpointError("checkpoint", str(folder / MANIFEST), f"the manifest cannot be read ({error})") from error
     outside = next((name for name in sealed if not is_inside(folder, name)), None)
     if outside is not None:

@@ -9,9 +9,11 @@ import math
 import os
 import time
 from pathlib import Path
+from typing import TypedDict
 
 from cpt_mega.errors import ExitCode
-from cpt_mega.lineage import write_json
+from cpt_mega.json_types import Count, type_problem
+from cpt_mega.lineage import parse_json, read_json, write_json
 from cpt_mega.loop.lease import Lease, LeaseHeld
 
 STATUS = "status.json"
@@ -29,6 +31,16 @@ STATE_CODES = {
 
 
 _OPENED: set[Path] = set()  # by this process
+
+
+class _Status(TypedDict, total=False):
+    state: str
+    exit_code: int | None
+    reason: str
+    step: Count
+    tokens: Count
+    run_id: str
+    next_command: str
 
 
 class RunFolder:
@@ -138,10 +150,12 @@ class RunFolder:
 
 
 def read_status(run_dir: str | Path) -> dict | None:
-    """``status.json`` of a run folder, or None where there is none that can be read."""
+    """``status.json`` of a run folder, or None where there is none that can be read and is one."""
     with contextlib.suppress(OSError, ValueError):
-        status = json.loads((Path(run_dir) / STATUS).read_text())
-        return status if isinstance(status, dict) else None
+        status = read_json(Path(run_dir) / STATUS)
+        if isinstance(status, dict):  # that of a newer version may hold more
+            known = {name: status[name] for name in _Status.__annotations__ if name in status}
+            return status if type_problem(known, _Status) is None else None
     return None
 
 
@@ -159,12 +173,17 @@ def opened_here(run_dir: str | Path) -> bool:
 
 
 def read_lines(path: Path) -> list[dict]:
-    """The JSON objects of a file of lines, none when there is no file; a line cut by a crash is passed over."""
+    """The JSON objects of a file of lines, none when there is no file.
+
+    A line that was cut by a crash or is damaged is passed over, and so is one whose step is no number.
+    """
     found = []
-    for line in path.read_text().splitlines() if path.is_file() else ():
-        with contextlib.suppress(ValueError):
-            found.append(json.loads(line))
-    return [value for value in found if isinstance(value, dict)]
+    if path.is_file():
+        with open(path, encoding="utf-8", errors="replace") as stream:
+            for line in stream:
+                with contextlib.suppress(ValueError):
+                    found.append(parse_json(line))
+    return [value for value in found if isinstance(value, dict) and type_problem(value.get("step", 0), Count) is None]
 
 
 def drop_lines_after(path: Path, step: int) -> None:
