@@ -52,13 +52,19 @@ def files_digest(folder: str | os.PathLike, names: Iterable[str]) -> str:
 def write_json(path: str | os.PathLike, value: object) -> None:
     """Writes JSON so that a reader sees the old file or the new one, never a part of it."""
     path = Path(path)
-    with tempfile.NamedTemporaryFile("w", dir=path.parent, prefix=f".{path.name}.", delete=False) as stream:
-        json.dump(value, stream, indent=1)
-        stream.write("\n")
-        stream.flush()
-        os.fsync(stream.fileno())
-    os.chmod(stream.name, 0o644)
-    os.replace(stream.name, path)
+    stream = tempfile.NamedTemporaryFile("w", dir=path.parent, prefix=f".{path.name}.", delete=False)  # noqa: SIM115
+    try:
+        with stream:
+            json.dump(value, stream, indent=1)
+            stream.write("\n")
+            stream.flush()
+            os.fsync(stream.fileno())
+        os.chmod(stream.name, 0o644)
+        os.replace(stream.name, path)
+    except BaseException:
+        with contextlib.suppress(OSError):  # on a full disk what was begun would stay there and take room
+            os.unlink(stream.name)
+        raise
 
 
 def is_local_name(name: object) -> bool:
