@@ -18,7 +18,7 @@ from cpt_mega.lineage import MANIFEST, damaged_files, seal_folder, sealed_files
 from tests.helpers.models import tiny_llama
 from tests.helpers.mutations import damaged_json, nested, overwrite
 
-CI = settings(max_examples=120, deadline=None, derandomize=True, database=None)
+CI = settings(max_examples=60, deadline=None, derandomize=True, database=None)
 LOOK = {"step": 8, "tokens": 400, "perplexity": {"general": 9.5}, "action": "continue"}
 STATE = TrainerState(
     run_id="run",
@@ -107,7 +107,7 @@ def test_a_seal_names_only_what_can_be_a_file(checkpoint, name):
         overwrite(checkpoint / MANIFEST, kept)
 
 
-@settings(CI, max_examples=60)
+@settings(CI, max_examples=40)
 @given(data=st.data())
 def test_any_flipped_bit_or_lost_end_of_any_file_is_a_problem(checkpoint, data):
     overwrite(checkpoint / STATE_FILE, GOOD)

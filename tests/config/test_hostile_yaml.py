@@ -15,7 +15,7 @@ from tests.helpers.mutations import damaged_bytes, damaged_json, damaged_values
 
 GOOD = CONFIG.format(folder="/nowhere").encode()
 VALUES = json.dumps(yaml.safe_load(GOOD)).encode()  # JSON is YAML
-CI = settings(max_examples=100, deadline=None, derandomize=True, database=None)
+CI = settings(max_examples=60, deadline=None, derandomize=True, database=None)
 LONG = settings(CI, max_examples=5000)
 
 

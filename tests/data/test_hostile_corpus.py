@@ -20,7 +20,7 @@ from tests.helpers.corpora import write_corpus
 from tests.helpers.mutations import damaged_bytes, damaged_json, damaged_values, overwrite
 
 DOCUMENTS = [[1, 2, 3, 9], [4, 9], [5, 6, 7, 8, 9]]
-CI = settings(max_examples=200, deadline=None, derandomize=True, database=None)
+CI = settings(max_examples=150, deadline=None, derandomize=True, database=None)
 LONG = settings(CI, max_examples=10_000)
 
 

@@ -21,7 +21,7 @@ from cpt_mega.hf.untrusted import INDEX_FILE, first_refused, pickled_parts, read
 from tests.helpers.models import tiny_llama
 from tests.helpers.mutations import damaged_bytes, damaged_json, overwrite
 
-CI = settings(max_examples=60, deadline=None, derandomize=True, database=None)
+CI = settings(max_examples=40, deadline=None, derandomize=True, database=None)
 LONG = settings(CI, max_examples=3000)
 FILES = ["index", "model.json", "common.pt", "data", "safetensors", "safetensors text", "config.json"]
 

@@ -11,7 +11,7 @@ from cpt_mega.loop.replay import Replay
 from cpt_mega.loop.run_folder import METRICS, RunFolder, drop_lines_after, ended_since, read_lines, read_status
 from tests.helpers.mutations import damaged_bytes, damaged_json, overwrite
 
-CI = settings(max_examples=100, deadline=None, derandomize=True, database=None)
+CI = settings(max_examples=60, deadline=None, derandomize=True, database=None)
 STATUS = {"state": "fault", "exit_code": 70, "reason": "", "step": 3, "tokens": 30, "run_id": "id", "next_command": "c"}
 LINE = {"kind": "train", "step": 2, "tokens_by_source": {"a": 20}, "epochs_by_source": {"a": 0.5}}
 ENTRY = {
