@@ -5,6 +5,8 @@ Every error that a user can cause carries the field, the value and the fix, and 
 
 from enum import IntEnum
 
+_MOST_SHOWN = 1000  # characters of a value
+
 
 class ExitCode(IntEnum):
     """Exit codes of the trainer; launchers and job scripts rely on them."""
@@ -35,10 +37,16 @@ class InputError(CptMegaError):
 
     def __init__(self, field: str, value: object, fix: str):
         self.field, self.value, self.fix = field, value, fix
-        super().__init__(f"{field} = {value!r}: {fix}")
+        super().__init__(f"{field} = {_shown(value)}: {fix}")
 
     def __reduce__(self):
         return type(self), (self.field, self.value, self.fix)  # worker processes raise it too
+
+
+def _shown(value: object) -> str:
+    """The value in one line that stays readable, whatever a damaged file held."""
+    text = repr(value)
+    return text if len(text) <= _MOST_SHOWN else f"{text[: _MOST_SHOWN - 4]} ..."
 
 
 class CheckpointError(InputError):

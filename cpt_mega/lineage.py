@@ -21,6 +21,8 @@ from cpt_mega.errors import CheckpointError
 
 MANIFEST = "manifest.json"
 COMPLETE = "COMPLETE"
+_LONGEST_NAME = 255  # of a file, in all common file systems
+_DEEPEST_JSON = 64  # of values within values: nothing that is written here comes near
 
 
 def file_digest(path: str | os.PathLike) -> str:
@@ -50,21 +52,31 @@ def files_digest(folder: str | os.PathLike, names: Iterable[str]) -> str:
 def write_json(path: str | os.PathLike, value: object) -> None:
     """Writes JSON so that a reader sees the old file or the new one, never a part of it."""
     path = Path(path)
-    with tempfile.NamedTemporaryFile("w", dir=path.parent, prefix=f".{path.name}.", delete=False) as stream:
-        json.dump(value, stream, indent=1)
-        stream.write("\n")
-        stream.flush()
-        os.fsync(stream.fileno())
-    os.chmod(stream.name, 0o644)
-    os.replace(stream.name, path)
+    stream = tempfile.NamedTemporaryFile("w", dir=path.parent, prefix=f".{path.name}.", delete=False)  # noqa: SIM115
+    try:
+        with stream:
+            json.dump(value, stream, indent=1)
+            stream.write("\n")
+            stream.flush()
+            os.fsync(stream.fileno())
+        os.chmod(stream.name, 0o644)
+        os.replace(stream.name, path)
+    except BaseException:
+        with contextlib.suppress(OSError):  # on a full disk what was begun would stay there and take room
+            os.unlink(stream.name)
+        raise
 
 
 def is_local_name(name: object) -> bool:
     """Whether a name that a file gives for another means a file in or below its own folder, links aside."""
     if not isinstance(name, str) or not name or "\\" in name or "\0" in name:
         return False
+    try:
+        length = len(os.fsencode(name))
+    except UnicodeEncodeError:
+        return False
     parts = name.split("/")  # a leading slash gives an empty one
-    return not {"", ".", ".."} & set(parts)
+    return length <= _LONGEST_NAME and not {"", ".", ".."} & set(parts)
 
 
 def is_inside(folder: str | os.PathLike, name: object) -> bool:
@@ -73,11 +85,23 @@ def is_inside(folder: str | os.PathLike, name: object) -> bool:
 
 
 def read_json(path: str | os.PathLike) -> object:
-    """What a JSON file holds. Raises OSError and ValueError, the latter also for values nested without end."""
+    """What a JSON file holds. Raises OSError, and ValueError as ``parse_json`` does."""
+    return parse_json(Path(path).read_text(encoding="utf-8"))
+
+
+def parse_json(text: str) -> object:
+    """A JSON document. Raises ValueError, also for one nested so deeply that who walks through it may run out of stack."""
     try:
-        return json.loads(Path(path).read_text(encoding="utf-8"))
+        value = json.loads(text)
     except RecursionError as error:
         raise ValueError("nested too deeply") from error
+    level = [value]
+    for _ in range(_DEEPEST_JSON + 1):
+        inner = (one.values() if isinstance(one, dict) else one for one in level if isinstance(one, dict | list))
+        level = [one for values in inner for one in values if isinstance(one, dict | list)]
+        if not level:
+            return value
+    raise ValueError("nested too deeply")
 
 
 def folder_files(folder: str | os.PathLike) -> list[str]:
@@ -135,7 +159,7 @@ def sealed_files(folder: str | os.PathLike) -> dict[str, dict]:
     try:
         files = read_json(folder / MANIFEST)["files"]
         sealed = {str(name): {"bytes": int(f["bytes"]), "sha256": str(f["sha256"])} for name, f in files.items()}
-    except (ValueError, KeyError, TypeError, AttributeError, OverflowError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, OverflowError) as error:
         raise CheckpointError("checkpoint", str(folder / MANIFEST), f"the manifest cannot be read ({error})") from error
     outside = next((name for name in sealed if not is_inside(folder, name)), None)
     if outside is not None:

@@ -12,6 +12,7 @@ from cpt_mega.checkpoint.trainer_state import STATE_FILE, TrainerState, has_stat
 from cpt_mega.errors import CheckpointError
 from cpt_mega.hf.locate import CHECKPOINTS, iteration_folders, locate_checkpoint
 from cpt_mega.hf.model_info import MODEL_FILE
+from cpt_mega.json_types import type_problem
 from cpt_mega.lineage import is_complete, read_json
 
 
@@ -178,5 +179,5 @@ def _typed(value: Any, kind: type) -> Any:
 
 
 def _reading(perplexity: float, baseline: float | None) -> Reading:
-    numbers = all(isinstance(value, int | float) for value in (perplexity, baseline))
+    numbers = all(type_problem(value, float) is None for value in (perplexity, baseline))
     return Reading(perplexity, baseline, perplexity / baseline - 1 if numbers and baseline else None)

@@ -10,14 +10,13 @@ Beside these the newest one, the newest healthy one and the best by the gates ar
 that a run started from lies outside its folder and is never written to.
 """
 
-import json
 import shutil
 from collections.abc import Collection, Mapping
 from pathlib import Path
 
 from cpt_mega.checkpoint.trainer_state import STATE_FILE
 from cpt_mega.hf.locate import CHECKPOINTS, iteration_folders
-from cpt_mega.lineage import COMPLETE, is_complete
+from cpt_mega.lineage import COMPLETE, is_complete, read_json
 
 ROLLING, PERMANENT, PINNED = "rolling", "permanent", "pinned"
 
@@ -63,7 +62,7 @@ def _kind(folder: Path) -> str | None:
     if not is_complete(folder):
         return None
     try:
-        kind = json.loads((folder / STATE_FILE).read_text()).get("kind", PERMANENT)
+        kind = read_json(folder / STATE_FILE).get("kind", PERMANENT)
     except (OSError, ValueError, AttributeError):
         return None
     return kind if kind in (ROLLING, PERMANENT, PINNED) else None

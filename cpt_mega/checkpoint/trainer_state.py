@@ -2,12 +2,23 @@
 
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Annotated, Any, NotRequired, TypedDict
 
 from cpt_mega.errors import CheckpointError
+from cpt_mega.json_types import Count, Range, type_problem
 from cpt_mega.lineage import read_json
 
 STATE_FILE = "trainer_state.json"
 FORMAT = 1
+
+
+class Look(TypedDict):
+    """What a look of the gates found; ``perplexity`` by bucket."""
+
+    step: Count
+    tokens: Count
+    perplexity: dict[str, float]
+    action: str
 
 
 @dataclass
@@ -23,7 +34,7 @@ class TrainerState:
         judged_step: the last step at which the gates judged.
         gate_stop: why a gate stopped the run here; empty otherwise. A later start judges again before it goes on.
         kind: why it was saved, as ``retention`` has it: rolling, permanent or pinned.
-        gate_history: what each look of the gates found: ``{"step", "tokens", "perplexity", "action"}``, oldest first.
+        gate_history: oldest first.
         anomaly: what the guard knows, as ``gates.anomaly.AnomalyState.to_json`` gives it; empty for one who knows nothing.
         layout: the fields of the ``engine.mesh.Layout`` it was saved at.
         config: the resolved configuration it was saved under.
@@ -33,17 +44,17 @@ class TrainerState:
 
     run_id: str
     parent: str
-    step: int = 0
-    tokens: int = 0
+    step: Count = 0
+    tokens: Count = 0
     stream: dict = field(default_factory=dict)
-    baseline: dict = field(default_factory=dict)
-    source_losses: dict = field(default_factory=dict)
-    judged_step: int | None = None
+    baseline: dict[str, float] = field(default_factory=dict)
+    source_losses: dict[str, list[float]] = field(default_factory=dict)
+    judged_step: Count | None = None
     gate_stop: str = ""
     kind: str = "permanent"
-    gate_history: list = field(default_factory=list)
+    gate_history: list[Look] = field(default_factory=list)
     anomaly: dict = field(default_factory=dict)
-    layout: dict = field(default_factory=dict)
+    layout: dict[str, Annotated[int, Range(1, 2**31 - 1)]] = field(default_factory=dict)
     config: dict = field(default_factory=dict)
     lineage: dict = field(default_factory=dict)
 
@@ -54,6 +65,15 @@ class TrainerState:
         if not here or here[-1]["action"] == "none":  # a look that no gate judged
             return "not judged"
         return "healthy" if here[-1]["action"] == "continue" else "unhealthy"
+
+
+class _Lineage(TypedDict):
+    """What a run that goes on asks its lineage for; there may be more."""
+
+    tokenizer_digest: str
+    corpora: dict[str, str]
+    eval: dict[str, str]
+    packing_version: NotRequired[Any]
 
 
 def has_state(folder: Path) -> bool:
@@ -71,6 +91,16 @@ def read_state(folder: Path) -> TrainerState:
         values = read_json(path)
         if values.pop("format") != FORMAT:
             raise ValueError(f"format is not {FORMAT}")
+        problem = type_problem(values, TrainerState) or _problem(values)
+        if problem is not None:
+            raise ValueError(problem)
         return TrainerState(**values)
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise CheckpointError("model.checkpoint", str(path), f"cannot be read ({error}); use an older one") from error
+
+
+def _problem(values: dict) -> str | None:
+    lineage = values.get("lineage", {})
+    asked = {name: lineage[name] for name in _Lineage.__annotations__ if name in lineage}
+    odd = next((name for name, sums in values.get("source_losses", {}).items() if len(sums) != 2), None)
+    return type_problem(asked, _Lineage, "lineage") or (odd and f"source_losses.{odd} is no sum and count")

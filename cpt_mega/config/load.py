@@ -5,6 +5,7 @@ changes. Paths in values are relative to the current folder and are stored absol
 """
 
 import difflib
+import os
 import re
 import types
 from collections.abc import Iterable, Iterator
@@ -20,6 +21,8 @@ from cpt_mega.errors import InputError
 # Keys whose values are paths; every other value is left as written.
 _PATHS = ("run.dir", "model.checkpoint", "tokenizer.path")
 _PATH_LISTS = ("data.sources", "eval.sets")
+_DEEPEST = 32  # of values within values: no option comes near
+_MOST_VALUES = 1_000_000  # in a file, each alias counted as all that it stands for
 
 
 def load_config(path: str | Path, overrides: Iterable[str] = ()) -> Config:
@@ -63,12 +66,12 @@ def _read(path: Path, seen: tuple[Path, ...]) -> dict:
     if path.resolve() in seen:
         raise InputError("extends", str(path), "files extend each other in a circle; drop one 'extends'")
     try:
-        values = yaml.load(path.read_text(), _YamlLoader) or {}
+        values = yaml.load(path.read_text(encoding="utf-8"), _YamlLoader) or {}
     except OSError as error:
         raise InputError(
             "--config", str(path), f"cannot be read ({error.strerror}); name an existing YAML file"
         ) from error
-    except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as error:
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
         where = " ".join(str(error).split())[:200]
         raise InputError("--config", str(path), f"is not valid YAML: {where}") from error
     if not isinstance(values, dict):
@@ -76,19 +79,63 @@ def _read(path: Path, seen: tuple[Path, ...]) -> dict:
     parent = values.pop("extends", None)
     if parent is None:
         return values
-    return _merged(_read(path.parent / str(parent), (*seen, path.resolve())), values)
+    return _merged(_read(path.parent / _path("extends", str(parent)), (*seen, path.resolve())), values)
 
 
 class _YamlLoader(yaml.SafeLoader):
     """YAML with three habits of this field: 2e-5 and 1e9 are numbers, off and on are words (as in YAML 1.2), and a key given
-    twice is an error."""
+    twice is an error.
+
+    Aliases are followed as far as that takes no more memory than a file of some size would: a few lines of them can stand for
+    billions of values. Whatever is wrong is a YAMLError.
+    """
+
+    def __init__(self, stream):
+        super().__init__(stream)
+        self._depth, self._sizes = 0, {}  # values below each finished node, itself included, by identity
+
+    def compose_node(self, parent, index):
+        self._depth += 1
+        if self._depth > _DEEPEST:
+            raise yaml.composer.ComposerError(None, None, "nested too deeply", self.peek_event().start_mark)
+        is_alias = self.check_event(yaml.AliasEvent)
+        node = super().compose_node(parent, index)
+        self._depth -= 1
+        if not is_alias:
+            self._sizes[id(node)] = 1 + sum(self._size(inner) for inner in _inner_nodes(node))
+        return node
+
+    def _size(self, node: yaml.Node) -> int:
+        if id(node) not in self._sizes:
+            raise yaml.composer.ComposerError(None, None, "an alias stands within its own value", node.start_mark)
+        if self._sizes[id(node)] > _MOST_VALUES:
+            raise yaml.composer.ComposerError(None, None, "aliases stand for too many values", node.start_mark)
+        return self._sizes[id(node)]
+
+    def construct_object(self, node, deep=False):
+        try:
+            return super().construct_object(node, deep)
+        except (ValueError, TypeError, KeyError, AttributeError, IndexError) as error:
+            # PyYAML's own constructors let these through: a date in month 13, "!!int x", "!!bool x"
+            raise yaml.constructor.ConstructorError(None, None, f"is no {node.tag}", node.start_mark) from error
 
     def construct_mapping(self, node, deep=False):
-        keys = [self.construct_object(key, deep=True) for key, _ in node.value]
-        for key in keys:
-            if keys.count(key) > 1:
+        seen = set()
+        for key in (self.construct_object(key, deep=True) for key, _ in node.value):
+            if isinstance(key, list | dict | set):
+                continue  # refused below
+            if key in seen:
                 raise yaml.constructor.ConstructorError(None, None, f"key {key!r} is given twice", node.start_mark)
+            seen.add(key)
         return super().construct_mapping(node, deep)
+
+
+def _inner_nodes(node: yaml.Node) -> Iterator[yaml.Node]:
+    if isinstance(node, yaml.SequenceNode):
+        yield from node.value
+    elif isinstance(node, yaml.MappingNode):
+        for pair in node.value:
+            yield from pair
 
 
 def _number(loader: yaml.SafeLoader, node: yaml.ScalarNode) -> float:
@@ -138,13 +185,30 @@ def _absolute_paths(values: dict) -> None:
         section, key = name.split(".")
         place = values.get(section)
         if isinstance(place, dict) and isinstance(place.get(key), str):
-            place[key] = str(Path(place[key]).expanduser().absolute())
+            place[key] = _absolute(name, place[key])
     for name in _PATH_LISTS:
         section, key = name.split(".")
         entries = values.get(section, {}).get(key) if isinstance(values.get(section), dict) else None
         for entry in entries if isinstance(entries, list) else ():
             if isinstance(entry, dict) and isinstance(entry.get("path"), str):
-                entry["path"] = str(Path(entry["path"]).expanduser().absolute())
+                entry["path"] = _absolute(f"{name} path", entry["path"])
+
+
+def _absolute(field: str, text: str) -> str:
+    try:
+        return str(_path(field, text).expanduser().absolute())
+    except RuntimeError as error:
+        raise InputError(field, text, f"{error}; write the path out".lower()) from error
+
+
+def _path(field: str, text: str) -> Path:
+    """Raises InputError for what no file can be called."""
+    try:
+        if b"\0" not in os.fsencode(text):
+            return Path(text)
+    except UnicodeEncodeError:
+        pass
+    raise InputError(field, text, "no file can have such a name; mend the path")
 
 
 def _validated(values: dict) -> Config:

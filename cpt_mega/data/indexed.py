@@ -12,6 +12,7 @@ a damaged or mismatched index otherwise shows as strange text in the middle of a
 import hashlib
 import os
 import struct
+import weakref
 from bisect import bisect_right
 from collections.abc import Iterator
 from functools import cached_property
@@ -19,7 +20,7 @@ from pathlib import Path
 
 import numpy as np
 
-from cpt_mega.errors import InputError
+from cpt_mega.errors import FaultError, InputError
 from cpt_mega.lineage import is_local_name, read_json
 
 MAGIC = b"MMIDIDX\x00\x00"
@@ -68,7 +69,7 @@ def parts_path(prefix: str | os.PathLike) -> Path:
 
 
 class IndexedCorpus:
-    """A memory-mapped corpus; opening it costs the index, reading it costs what is read.
+    """A corpus whose index is mapped into memory; opening it costs the index, reading it costs what is read.
 
     It lies in one pair of files, or in several that ``PREFIX.shards.json`` names, one behind the other; no document
     crosses from one to the next.
@@ -78,6 +79,7 @@ class IndexedCorpus:
 
     Raises:
         InputError: a file is missing, the index is not one, or what it says does not fit the files.
+        FaultError: when tokens are read, that a file was cut since.
     """
 
     def __init__(self, prefix: str | os.PathLike):
@@ -91,6 +93,11 @@ class IndexedCorpus:
         self._first_documents = np.cumsum([0, *(shard.documents for shard in self.shards)]).tolist()
         self.documents = self._first_documents[-1]
         self.tokens = sum(shard.tokens for shard in self.shards)
+
+    def check_unchanged(self) -> None:
+        """Raises FaultError when a file is not the one that was opened any more: replaced, written to, cut or gone."""
+        for shard in self.shards:
+            shard.check_unchanged()
 
     @cached_property
     def document_lengths(self) -> np.ndarray:
@@ -118,7 +125,7 @@ class IndexedCorpus:
         """All tokens in order, as stored, in blocks of at most so many."""
         for shard in self.shards:
             for start in range(0, shard.tokens, tokens):
-                yield np.asarray(shard.ids[start : start + tokens])
+                yield shard.ids.read(start, min(start + tokens, shard.tokens))
 
     def read(self, document: int, start: int, length: int) -> np.ndarray:
         """Tokens ``start`` to ``start + length`` of one document, a copy, int64 [length].
@@ -126,7 +133,7 @@ class IndexedCorpus:
         Raises InputError when the document does not hold them.
         """
         shard, first = self._place(document, start, length)
-        return shard.ids[first : first + length].astype(np.int64)
+        return shard.ids.read(first, first + length).astype(np.int64)
 
     def read_mask(self, document: int, start: int, length: int) -> np.ndarray:
         """1 for each of the tokens that ``read`` gives that counts for the loss as a target, uint8 [length].
@@ -134,7 +141,7 @@ class IndexedCorpus:
         All ones where the corpus has no mask. Raises InputError when the document does not hold them.
         """
         shard, first = self._place(document, start, length)
-        return np.ones(length, np.uint8) if shard.mask is None else np.array(shard.mask[first : first + length])
+        return np.ones(length, np.uint8) if shard.mask is None else shard.mask.read(first, first + length)
 
     def digest_part(self, first: int, documents: int) -> str:
         """``PartDigest`` of so many documents from the first on, as they are stored; they may lie in several shards."""
@@ -170,10 +177,22 @@ class _Shard:
 
     def __init__(self, prefix: str):
         self.prefix = prefix
+        paths = (*corpus_files(prefix), mask_path(prefix))
+        self._stamps = {path: _stamp(path) for path in paths}  # before anything is read
         self.dtype, self._offsets, self._sequences, self.tokens = _read_index(prefix)
         self.documents = len(self._sequences) - 1
-        self.ids = _mapped(corpus_files(prefix)[0], self.dtype, self.tokens)
+        self.ids = _Stored(corpus_files(prefix)[0], self.dtype)
         self.mask = self._open_mask(mask_path(prefix))
+
+    def check_unchanged(self) -> None:
+        """See IndexedCorpus."""
+        for path, opened in self._stamps.items():
+            if _stamp(path) != opened:
+                said = "is gone" if not path.exists() else "is not the file any more that the run opened"
+                raise FaultError(
+                    f"{path} {said}: it was replaced, written to or cut while the run read it, so what was saved last is the "
+                    "last that is known to be of the corpus; bring the file back, or begin a new run on the new one"
+                )
 
     def start(self, document: int) -> int:
         """The first token of a document; that of the one behind the last is the number of tokens."""
@@ -189,21 +208,22 @@ class _Shard:
         starts = self._offsets[np.where(behind, 0, sequences)] // self.dtype.itemsize
         return np.where(behind, self.tokens, starts)
 
-    def _open_mask(self, path: Path) -> np.ndarray | None:
+    def _open_mask(self, path: Path) -> "_Stored | None":
         if not path.is_file():
             return None
         if path.stat().st_size != self.tokens:
             fix = f"a loss mask holds a byte for each of the {self.tokens} tokens; preprocess again"
             raise InputError(str(path), f"{path.stat().st_size} bytes", fix)
-        return _mapped(path, np.dtype(np.uint8), self.tokens)
+        return _Stored(path, np.dtype(np.uint8))
 
     def ends(self) -> tuple[np.ndarray, np.ndarray]:
         """See IndexedCorpus."""
         starts = self.starts(0, self.documents)
         found, filled = [], np.diff(starts) > 0
+        ids = np.memmap(self.ids.path, self.dtype, "r") if self.tokens else np.empty(0, self.dtype)
         for places in (starts[:-1], starts[1:] - 1):
             tokens = np.full(self.documents, -1, np.int64)
-            tokens[filled] = self.ids[places[filled]]
+            tokens[filled] = ids[places[filled]]
             found.append(tokens)
         return found[0], found[1]
 
@@ -213,7 +233,7 @@ class _Shard:
         end = int(starts[-1])
         for first in range(int(starts[0]), end, BLOCK_TOKENS):
             last = min(first + BLOCK_TOKENS, end)
-            digest.add(self.ids[first:last], None if self.mask is None else self.mask[first:last])
+            digest.add(self.ids.read(first, last), None if self.mask is None else self.mask.read(first, last))
         digest.add_lengths(np.diff(starts))
 
 
@@ -243,9 +263,38 @@ class PartDigest:
         return hashlib.sha256(b"".join(part.digest() for part in parts)).hexdigest()
 
 
-def _mapped(path: Path, dtype: np.dtype, length: int) -> np.ndarray:
-    # an empty file cannot be mapped
-    return np.memmap(path, dtype, "r") if length else np.empty(0, dtype)
+class _Stored:
+    """Numbers in a file that stays open, read by their place.
+
+    Not mapped: where a mapped file was cut, the process that looks there is ended by a signal, without a word.
+    """
+
+    def __init__(self, path: Path, dtype: np.dtype):
+        self.path, self._dtype = path, dtype
+        self._file = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+        weakref.finalize(self, os.close, self._file)
+
+    def read(self, first: int, last: int) -> np.ndarray:
+        """Numbers ``first`` to ``last``, a copy. Raises FaultError when the file ends before."""
+        numbers = np.empty(last - first, self._dtype)
+        left, offset = memoryview(numbers).cast("B") if numbers.size else memoryview(b""), first * self._dtype.itemsize
+        while left:
+            count = os.preadv(self._file, [left], offset)
+            if count == 0:
+                raise FaultError(
+                    f"{self.path} was cut while it was read: it ends at byte {offset}; bring the file back"
+                )
+            left, offset = left[count:], offset + count
+        return numbers
+
+
+def _stamp(path: Path) -> tuple[int, int, int] | None:
+    """By which a file is known to be the same and unchanged; None when there is none. A copy has another."""
+    try:
+        found = os.stat(path)
+    except FileNotFoundError:
+        return None
+    return found.st_ino, found.st_size, found.st_mtime_ns
 
 
 def has_corpus(prefix: str | os.PathLike) -> bool:

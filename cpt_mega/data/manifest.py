@@ -4,16 +4,46 @@ import os
 from collections.abc import Callable, Sequence
 from dataclasses import MISSING, asdict, dataclass, fields
 from pathlib import Path
-from types import UnionType
-from typing import get_args, get_origin
+from typing import NotRequired, TypedDict, get_type_hints
 
 from cpt_mega.data.indexed import IndexedCorpus, mask_path
 from cpt_mega.data.readers import Unit
 from cpt_mega.errors import InputError
+from cpt_mega.json_types import Count, Digest, type_problem
 from cpt_mega.lineage import combined_digest, read_json, write_json
 
 ALL, ASSISTANT = "all", "assistant"
 MASKS = (ALL, ASSISTANT)  # which tokens count for the loss as targets
+
+
+class Part(TypedDict):
+    """Documents that were digested together. One that was made of an input says so, by the number of the source."""
+
+    documents: Count
+    tokens: Count
+    sha256: Digest
+    rejects: NotRequired[Count]
+    source: NotRequired[Count]
+    source_bytes: NotRequired[Count]
+    source_sha256: NotRequired[str]
+
+
+class Source(TypedDict):
+    """An input; ``bytes`` and ``sha256`` are over its parts, ``include`` says which files of a folder."""
+
+    path: str
+    bytes: NotRequired[Count]
+    sha256: NotRequired[str]
+    field: NotRequired[str | None]
+    include: NotRequired[list[str]]
+
+
+class Shard(TypedDict):
+    """Which of several shards; the plan is a digest of all units of the inputs."""
+
+    index: Count
+    shards: Count
+    plan: str
 
 
 @dataclass(frozen=True)
@@ -28,38 +58,35 @@ class CorpusManifest:
         dtype: numpy name of the stored tokens.
         documents, tokens: counts of the corpus; tokens include BOS and EOS.
         content_digest: SHA-256 over the digests of the parts; the same however many shards hold the corpus.
-        parts: documents that were digested together, in order, and the bytes of an input that they came from:
-            ``{"documents", "tokens", "sha256", "rejects", "source", "source_bytes", "source_sha256"}``, where ``sha256``
-            is a ``PartDigest`` and ``source`` an index into ``sources``.
-        sources: one ``{"path", "bytes", "sha256", "field"}`` per input; the digest is over those of its parts. For a
-            folder also ``include``, the patterns its files were chosen by.
+        parts: in the order of their documents; ``sha256`` is a ``PartDigest``.
+        sources: one per input.
         tool_version: of this project.
         token_bytes: UTF-8 bytes of the text, for bits per byte; None when it is not known.
         rejects: documents of the sources that are not in the corpus; with ``harmless_rejects`` of them nothing was lost.
         loss_mask: one of MASKS; all but ``all`` with a mask beside the tokens.
         chat_digest: of the chat template and the special tokens it names; None where documents were no chats.
         counted_tokens: how many count; None when it is not known.
-        shard: ``{"index", "shards", "plan"}`` when this is one of several; the plan is a digest of all units of the inputs.
+        shard: when this is one of several.
     """
 
     tokenizer_digest: str
-    vocab_size: int
-    eos_id: int
-    bos_id: int | None
+    vocab_size: Count
+    eos_id: Count
+    bos_id: Count | None
     dtype: str
-    documents: int
-    tokens: int
+    documents: Count
+    tokens: Count
     content_digest: str
-    parts: list[dict]
-    sources: list[dict]
+    parts: list[Part]
+    sources: list[Source]
     tool_version: str
-    token_bytes: int | None = None
-    rejects: int = 0
-    harmless_rejects: int = 0
+    token_bytes: Count | None = None
+    rejects: Count = 0
+    harmless_rejects: Count = 0
     loss_mask: str = ALL
     chat_digest: str | None = None
-    counted_tokens: int | None = None
-    shard: dict | None = None
+    counted_tokens: Count | None = None
+    shard: Shard | None = None
 
     @property
     def documents_in(self) -> int:
@@ -162,19 +189,36 @@ def load_manifest(prefix: str | os.PathLike) -> CorpusManifest | None:
 
 def _checked(path: Path, values: dict) -> CorpusManifest:
     known = {field.name: field for field in fields(CorpusManifest)}
+    hints = get_type_hints(CorpusManifest, include_extras=True)
     for name in sorted(values.keys() - known):
         raise InputError(f"{path} {name}", values[name], "unknown field: written by a newer version; update this one")
     for name, field in known.items():
         if name not in values and field.default is not MISSING:
             continue
-        # a bool is an int to isinstance
-        if isinstance(values.get(name), bool) or not isinstance(values.get(name), _plain_types(field.type)):
-            fix = "missing or of the wrong type; preprocess again or remove it"
-            raise InputError(f"{path} {name}", values.get(name), fix)
-    return CorpusManifest(**values)
+        problem = type_problem(values[name], hints[name], name) if name in values else "missing"
+        if problem is not None:
+            raise InputError(f"{path} {name}", values.get(name), f"{problem}; preprocess again or remove it")
+    manifest = CorpusManifest(**values)
+    problem = _contradiction(manifest)
+    if problem is not None:
+        raise InputError("manifest", str(path), f"{problem}; preprocess again or remove it")
+    return manifest
 
 
-def _plain_types(hint: object) -> tuple[type, ...]:
-    """What ``isinstance`` takes for a field's type: ``list[int] | None`` is a list or None."""
-    alternatives = get_args(hint) if isinstance(hint, UnionType) else (hint,)
-    return tuple(get_origin(each) or each for each in alternatives)
+def _contradiction(manifest: CorpusManifest) -> str | None:
+    """What a manifest says that cannot all be so."""
+    for name in ("documents", "tokens") if manifest.parts else ():
+        found = sum(part[name] for part in manifest.parts)
+        if found != getattr(manifest, name):
+            return f"its parts hold {found} {name}, it says {getattr(manifest, name)}"
+    for number, part in enumerate(manifest.parts) if manifest.sources else ():
+        if not {"source", "source_bytes", "source_sha256"} <= part.keys() or part["source"] >= len(manifest.sources):
+            return f"part {number} does not say which of the {len(manifest.sources)} sources it was made of"
+    counted = manifest.counted_tokens
+    if counted is not None and counted > manifest.tokens:
+        return f"{counted} of its {manifest.tokens} tokens count"
+    if manifest.shard is not None and manifest.shard["index"] >= manifest.shard["shards"]:
+        return f"it is shard {manifest.shard['index']} of {manifest.shard['shards']}"
+    if manifest.loss_mask not in MASKS:
+        return f"its loss_mask is none of {', '.join(MASKS)}"
+    return None

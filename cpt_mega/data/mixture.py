@@ -111,6 +111,9 @@ class Mixture:
         """Raises ValueError, KeyError or TypeError for what ``to_json`` does not make."""
         names = tuple(map(str, value[0][1]))
         points = tuple((int(at), tuple(float(shares[name]) for name in names)) for at, shares in value)
+        places = [at for at, _ in points]
+        if places[0] != 0 or places != sorted(set(places)) or not all(0 <= s <= 1 for _, some in points for s in some):
+            raise ValueError("places of a mixture ascend from 0, and its shares lie between 0 and 1")
         return cls(names, points)
 
     def _piece(self, tokens: float) -> int:

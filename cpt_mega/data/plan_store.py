@@ -36,10 +36,10 @@ def open_plan(corpus: IndexedCorpus, seq_length: int, method: str) -> RowPlan:
     if corpus.documents < KEPT_FROM_DOCUMENTS:
         return plan_rows(corpus.document_lengths, seq_length, method)
     path = plans_path(corpus.prefix) / f"{method}.{seq_length}.{_digest(corpus, seq_length, method)}.safetensors"
-    if (plan := _read(path)) is not None:
+    if (plan := _read(path, seq_length)) is not None:
         return plan
     with _one_at_a_time(path.parent):
-        if (plan := _read(path)) is None:  # not made by another process meanwhile
+        if (plan := _read(path, seq_length)) is None:  # not made by another process meanwhile
             plan = plan_rows(np.concatenate(list(corpus.length_blocks())), seq_length, method)
             with contextlib.suppress(OSError, SafetensorError):  # a folder that is not ours to write, or a full disk
                 _write(plan, path)
@@ -78,7 +78,7 @@ def _write(plan: RowPlan, path: Path) -> None:
         Path(unfinished).unlink(missing_ok=True)
 
 
-def _read(path: Path) -> RowPlan | None:
+def _read(path: Path, seq_length: int) -> RowPlan | None:
     """A kept plan, mapped; None when there is none, or not a whole one."""
     try:
         with open(path, "rb") as stream:
@@ -89,7 +89,7 @@ def _read(path: Path) -> RowPlan | None:
         about = json.loads(header["__metadata__"][ABOUT])
         arrays = {name: _mapped(path, 8 + size, header[name]) for name in ARRAYS}
         plan = RowPlan(about["seq_length"], **arrays, statistics=PlanStatistics(**about["statistics"]))
-        return plan if _sums(plan) == about["sums"] else None
+        return plan if plan.seq_length == seq_length and _sums(plan) == about["sums"] else None
     except (OSError, ValueError, KeyError, TypeError, IndexError, OverflowError, RecursionError):
         return None
 

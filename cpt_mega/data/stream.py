@@ -129,6 +129,11 @@ class MixedStream:
         """
         return [self._draw() for _ in range(rows)]
 
+    def check_corpora(self) -> None:
+        """Raises FaultError when a file of a corpus is not what was opened any more."""
+        for source in self.sources:
+            source.corpus.check_unchanged()
+
     def read(self, ref: RowRef) -> PackedRow:
         """The tokens of a row, without targets where the checks mask it.
 

@@ -2,9 +2,11 @@
 
 from copy import deepcopy
 from dataclasses import asdict, dataclass, field
+from typing import Annotated
 
 from cpt_mega.data.mixture import Mixture
 from cpt_mega.errors import InputError
+from cpt_mega.json_types import Count, Range, type_problem
 
 
 @dataclass
@@ -114,20 +116,20 @@ class StreamState:
                 },
                 dropped=list(map(str, value["dropped"])),
             )
-        except (KeyError, TypeError, ValueError, AttributeError, IndexError) as error:
+        except (KeyError, TypeError, ValueError, AttributeError, IndexError, OverflowError) as error:
             fix = f"not a saved data state ({error!r}); restore from another checkpoint"
             raise InputError("data state", value, fix) from error
 
 
 def _source(counts: dict) -> SourceState:
     owed = counts.get("owed", 0.0)
-    if not isinstance(owed, int | float):
+    if type_problem(owed, Annotated[float, Range(-(2**53), 2**53)]):
         raise ValueError(f"owed is {owed!r}")
     return SourceState(**_counts({name: count for name, count in counts.items() if name != "owed"}), owed=float(owed))
 
 
 def _counts(counts: dict) -> dict:
     for name, count in counts.items():
-        if type(count) is not int or count < 0:
+        if type_problem(count, Count):
             raise ValueError(f"{name} is {count!r}")
     return counts

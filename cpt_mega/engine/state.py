@@ -6,7 +6,7 @@ what a file has and the model has not. So names and global shapes are compared h
 
 import itertools
 import queue
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, nullcontext
 from functools import partial
 from inspect import signature
@@ -16,6 +16,7 @@ from typing import NamedTuple
 import torch
 from megatron.core import __version__ as core_version
 from megatron.core import dist_checkpointing
+from megatron.core.dist_checkpointing import serialization
 from megatron.core.dist_checkpointing.core import CheckpointingException
 from megatron.core.dist_checkpointing.dict_utils import nested_values
 from megatron.core.dist_checkpointing.mapping import ShardedObject, ShardedTensor, apply_factories, is_main_replica
@@ -57,7 +58,7 @@ class EngineSave:
         state["rng"] = _sharded_rng(engine.mesh)
         apply_factories(state)
         _give_own_storage(state)
-        self._names, self._live = names, _own_shards(state)
+        self._mesh, self._names, self._live = engine.mesh, names, _own_shards(state)
         self._fingerprints = None if engine.mesh.device == CPU else _fingerprints(self._live, names)
         strategy = FullyParallelSaveStrategyWrapper(
             TorchDistSaveShardedStrategy("torch_dist", 1, thread_count=1), engine.mesh.groups.dp_cp, True
@@ -84,16 +85,18 @@ class EngineSave:
     def finish(self, written: "Written") -> None:
         """Writes the index, when all ranks have written; takes what this rank's ``write`` returned. A collective.
 
-        Raises FaultError when it could not be written: of the index itself on the main process, for which the others then wait
-        in vain.
+        Raises FaultError, on all ranks, when it could not be written.
         """
         self._places.put(written.places)
         try:
-            for function in self._request.finalize_fns:
-                function()
+            with _failures_kept() as failures:
+                for function in self._request.finalize_fns:
+                    function()
         except (CheckpointException, CheckpointingException, OSError) as error:
-            words = " ".join(str(error).split())[:300]
-            raise FaultError(f"a checkpoint could not be written ({words}); the one before it is intact") from error
+            raise _not_written(error) from error
+        problem = self._mesh.share(failures[0] if failures else None)
+        if problem is not None:
+            raise _not_written(problem)
 
     def _write_file(self, number: int, bucket: tuple) -> list:
         """Core's writing of one file, without the further processes that core 0.16 starts: this is one already."""
@@ -127,6 +130,39 @@ def _told_to(results: queue.Queue) -> Iterator[None]:
         yield
     finally:
         filesystem_async._results_queue = kept
+
+
+def _not_written(problem: object) -> FaultError:
+    words = " ".join(str(problem).split())[:300]
+    return FaultError(f"a checkpoint could not be written ({words}); the one before it is intact")
+
+
+@contextmanager
+def _failures_kept() -> Iterator[list[str]]:
+    """Keeps in words what goes wrong where core writes on the main process alone, instead of having it raised there.
+
+    Core lets the other ranks wait in a collective meanwhile: they would wait for as long as their time-out is.
+    """
+    failures: list[str] = []
+
+    def kept(write: Callable) -> Callable:
+        def tried(*arguments, **options):
+            try:
+                return write(*arguments, **options)
+            except (OSError, RuntimeError) as error:
+                failures.append(str(error))  # the error itself would keep core's process groups
+
+        return tried
+
+    places = ((FileSystemWriterAsync, "finish"), (serialization, "save_config"))
+    plain = [(owner, name, getattr(owner, name)) for owner, name in places]
+    for owner, name, write in plain:
+        setattr(owner, name, kept(write))
+    try:
+        yield failures
+    finally:
+        for owner, name, write in plain:
+            setattr(owner, name, write)
 
 
 def _give_own_storage(state: dict) -> None:

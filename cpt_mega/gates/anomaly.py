@@ -8,6 +8,7 @@ deviation, as in ZClip (arXiv 2504.02507), would be moved by the very outliers t
 the gradient is scaled down, the update refused, the learning rate lowered, the run rolled back, and at last stopped.
 """
 
+import copy
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, field, replace
@@ -15,6 +16,7 @@ from statistics import median
 
 from cpt_mega.config.schema import AnomalyOptions
 from cpt_mega.errors import CheckpointError
+from cpt_mega.json_types import Count, type_problem
 
 NONE, CLIP, SKIP = "none", "clip", "skip"
 LOWER, ROLL_BACK = "lower_lr", "roll_back"
@@ -36,7 +38,7 @@ class AnomalyState:
         losses, norms: of the last steps whose update was made, oldest first; norms before clipping.
         loss_rises, norm_rises: of the last ``anomaly.window_steps`` of them, above the level before; logarithms.
         alarms: steps of this episode whose update was refused.
-        flagged: rows of these steps that stood out among the others: ``[source, row]``.
+        flagged: rows of these steps that are to blame, by source.
         lr_scale: what the schedule's learning rate is multiplied by.
         calm_step: the step after which the rate is the schedule's own again, if no more is refused before.
         rollbacks: made so far.
@@ -48,13 +50,13 @@ class AnomalyState:
     norms: list[float] = field(default_factory=list)
     loss_rises: list[float] = field(default_factory=list)
     norm_rises: list[float] = field(default_factory=list)
-    alarms: list[int] = field(default_factory=list)
-    flagged: list[list] = field(default_factory=list)
+    alarms: list[Count] = field(default_factory=list)
+    flagged: dict[str, list[Count]] = field(default_factory=dict)
     lr_scale: float = 1.0
-    calm_step: int | None = None
-    rollbacks: int = 0
-    target: int | None = None
-    skipped_tokens: int = 0
+    calm_step: Count | None = None
+    rollbacks: Count = 0
+    target: Count | None = None
+    skipped_tokens: Count = 0
 
     def to_json(self) -> dict:
         """Plain values; ``from_json`` gives the same state back."""
@@ -63,17 +65,10 @@ class AnomalyState:
     @classmethod
     def from_json(cls, values: dict) -> "AnomalyState":
         """Raises CheckpointError for values that ``to_json`` did not make; an empty one is a new run's."""
-        try:
-            state = cls(**values)
-            for name in ("losses", "norms", "loss_rises", "norm_rises"):
-                setattr(state, name, list(map(float, getattr(state, name))))
-            state.alarms = list(map(int, state.alarms))
-            state.flagged = [[str(source), int(row)] for source, row in state.flagged]
-            state.lr_scale, state.rollbacks = float(state.lr_scale), int(state.rollbacks)
-            state.skipped_tokens = int(state.skipped_tokens)
-        except (TypeError, ValueError, AttributeError) as error:
-            raise CheckpointError("anomaly window", values, f"cannot be read ({error}); use an older one") from error
-        return state
+        problem = type_problem(values, cls)
+        if problem is not None:
+            raise CheckpointError("anomaly window", values, f"cannot be read ({problem}); use an older checkpoint")
+        return cls(**copy.deepcopy(values))
 
 
 @dataclass(frozen=True)
@@ -193,17 +188,18 @@ def accept(state: AnomalyState, options: AnomalyOptions, step: int, loss: float,
     state.losses, state.norms = [*state.losses, loss][-_LEVEL_STEPS:], [*state.norms, norm][-_LEVEL_STEPS:]
     if state.calm_step is None or step < state.calm_step:
         return False
-    state.lr_scale, state.calm_step, state.alarms, state.flagged = 1.0, None, [], []
+    state.lr_scale, state.calm_step, state.alarms, state.flagged = 1.0, None, [], {}
     return True
 
 
-def alarm(state: AnomalyState, options: AnomalyOptions, step: int, flagged: list[list]) -> str:
+def alarm(state: AnomalyState, options: AnomalyOptions, step: int, flagged: Iterable[tuple[str, int]]) -> str:
     """Takes a step whose update was refused; SKIP, LOWER or ROLL_BACK: how high on the ladder that is."""
     recent = [earlier for earlier in state.alarms if earlier > step - options.cool_down_steps]
     if not recent:
-        state.flagged = []
+        state.flagged = {}
     state.alarms = [*recent, step]
-    state.flagged += [row for row in flagged if row not in state.flagged]
+    for source, row in flagged:
+        state.flagged[source] = sorted({*state.flagged.get(source, ()), row})
     if len(state.alarms) >= options.roll_back_after:
         return ROLL_BACK
     if len(state.alarms) >= options.lower_lr_after:
@@ -216,7 +212,7 @@ def alarm(state: AnomalyState, options: AnomalyOptions, step: int, flagged: list
 def rolled_back(state: AnomalyState, number: int, target: int, lr_scale: float, calm_step: int) -> AnomalyState:
     """A checkpoint's own state as it is after the so-manieth rollback: with its window, no alarms, and a lowered rate."""
     taken = {"rollbacks": number, "target": target, "lr_scale": lr_scale, "calm_step": calm_step}
-    return replace(state, **taken, alarms=[], flagged=[])
+    return replace(state, **taken, alarms=[], flagged={})
 
 
 def rollback_target(state: AnomalyState, options: AnomalyOptions, steps: Iterable[int]) -> int | None:

@@ -6,6 +6,7 @@ from pathlib import Path
 
 from cpt_mega.errors import InputError
 from cpt_mega.hf.rope import TYPES, RopeShape, is_positive, read_rope
+from cpt_mega.hf.shape import MOST_ELEMENTS
 from cpt_mega.lineage import read_json
 
 # Bookkeeping of transformers: nothing here changes the value of a forward pass over given token ids.
@@ -53,13 +54,14 @@ class ConfigReader:
             raise InputError(f"config.json: {key}", value, fix)
         return value
 
-    def size(self, key: str, default: int | None = None) -> int:
-        """A positive integer."""
-        return self._take(key, default, _is_size, "must be a positive integer")
+    def size(self, key: str, default: int | None = None, most: int = MOST_ELEMENTS) -> int:
+        """A positive integer, and not absurdly large."""
+        fix = f"must be a positive integer of at most {most}"
+        return self._take(key, default, lambda v: _is_size(v) and v <= most, fix)
 
     def count(self, key: str, default: int) -> int:
         """A whole number, zero included."""
-        return self._take(key, default, lambda v: type(v) is int and v >= 0, "must be a whole number")
+        return self._take(key, default, lambda v: type(v) is int and 0 <= v <= MOST_ELEMENTS, "must be a whole number")
 
     def number(self, key: str, default: float | None = None) -> float:
         """A positive number."""
@@ -90,7 +92,8 @@ class ConfigReader:
         """The type of each layer's attention: ``default`` when absent."""
 
         def is_right(value: object) -> bool:
-            return isinstance(value, list) and len(value) == len(default) and set(value) <= known
+            is_list = isinstance(value, list) and len(value) == len(default)
+            return is_list and all(isinstance(one, str) and one in known for one in value)
 
         fix = f"must be a list of {len(default)}, each of {', '.join(sorted(known))}"
         return self._take("layer_types", default, is_right, fix)
@@ -116,7 +119,7 @@ class ConfigReader:
 
 
 def _is_size(value: object) -> bool:
-    return type(value) is int and value > 0
+    return type(value) is int and 0 < value <= MOST_ELEMENTS
 
 
 def with_both_spellings(config: dict, rope: RopeShape, dtype: str) -> dict:

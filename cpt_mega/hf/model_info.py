@@ -9,6 +9,7 @@ from pathlib import Path
 
 from cpt_mega.errors import CheckpointError, InputError
 from cpt_mega.hf.shape import ModelShape
+from cpt_mega.json_types import type_problem
 from cpt_mega.lineage import file_digest, read_json, write_json
 
 MODEL_FILE = "model.json"
@@ -45,7 +46,11 @@ def read_model_info(checkpoint_dir: str | Path) -> ModelInfo:
         value = read_json(path)
         if value.pop("format") != FORMAT:
             raise ValueError(f"format is not {FORMAT}")
-        return ModelInfo(**{**value, "shape": ModelShape.from_json(value["shape"])})
+        shape = ModelShape.from_json(value["shape"])
+        problem = type_problem(value, ModelInfo)
+        if problem is not None:
+            raise ValueError(problem)
+        return ModelInfo(**{**value, "shape": shape})
     except (OSError, ValueError, KeyError, TypeError, AttributeError, InputError) as error:
         raise CheckpointError("checkpoint", str(path), f"cannot be read ({error}); import the model again") from error
 

@@ -8,6 +8,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 
 from cpt_mega.errors import InputError
+from cpt_mega.json_types import type_problem
 
 THETA = 10000.0  # what transformers takes when a config has none
 
@@ -45,6 +46,12 @@ class RopeShape:
     type: str = "default"
     parameters: dict = field(default_factory=dict)
     partial: float = 1.0
+
+    @classmethod
+    def from_json(cls, value: dict) -> "RopeShape":
+        """Of ``asdict``'s values, whose types are right. Raises InputError for a rotary embedding that there is not."""
+        given = cls(**value)
+        return _one_spelling("rope", {"rope_type": given.type, **given.parameters}, given.theta, given.partial)
 
     def rotary_dim(self, head_dim: int) -> int:
         """Elements of a head that turn."""
@@ -140,4 +147,4 @@ def _expect_parameters(field: str, kind: str, given: Iterable[str]) -> None:
 
 def is_positive(value: object) -> bool:
     """Whether a value of a JSON file is a finite number above zero."""
-    return isinstance(value, int | float) and not isinstance(value, bool) and 0 < value < float("inf")
+    return type_problem(value, float) is None and 0 < value < float("inf")

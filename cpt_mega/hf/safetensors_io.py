@@ -71,7 +71,7 @@ def _read_index(path: Path) -> dict[str, str]:
     """
     try:
         owners = dict(read_json(path)["weight_map"])
-    except (ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError, TypeError) as error:
         raise InputError("hf", str(path), f"is not a safetensors index ({error!r})") from error
     for name, file in owners.items():
         if not is_local_name(file) or "/" in file or not file.endswith(".safetensors"):

@@ -48,7 +48,7 @@ FORMAT = {
 # What torch raises for bytes that are no tensor, or not the one that the index says. Anything else is the caller's.
 _UNREADABLE = (
     *(RuntimeError, EOFError, KeyError, ValueError, FileNotFoundError, AssertionError),
-    *(pickle.UnpicklingError, AttributeError, TypeError),
+    *(pickle.UnpicklingError, AttributeError, TypeError, IndexError),
 )
 MAX_FILE_BYTES = 4 * 1024**3  # files that another process can digest, or a file system can stripe, while the next grows
 

@@ -94,6 +94,7 @@ class Checkpoints(NullCallback):
         trainer.quiesce()
         self.folder.renew_claim()  # a process that was halted may have lost the folder long ago and not know it yet
         end_if_lost(trainer, self.folder, *trainer.engine.mesh.agree_max([int(self.folder.lost is not None)]))
+        _check_corpora(trainer)
         self._clock = time.monotonic()
         waits = trainer.outcome is not None or not trainer.config.checkpoint.asynchronous
         self._begin(trainer, kind, waits)
@@ -154,6 +155,20 @@ class Checkpoints(NullCallback):
         kept = {*healthy[-1:], best_step(history, there)} - {None}
         for name in trim(self.folder.path, newest, options.keep_rolling, options.keep_permanent, kept):
             self.console.print(f" removed {name}, a rolling or permanent one beyond those that stay", style="dim")
+
+
+def _check_corpora(trainer: Trainer) -> None:
+    """Raises FaultError, on all ranks, when a corpus has changed under the run: of what is saved, its data state would be of
+    other documents, or its weights have seen them. A collective."""
+    problem, mesh = None, trainer.engine.mesh
+    if mesh.is_main and trainer.stream is not None:
+        try:
+            trainer.stream.check_corpora()
+        except FaultError as error:
+            problem = str(error)
+    problem = mesh.share(problem)
+    if problem is not None:
+        raise FaultError(problem)
 
 
 def complete_steps(run_dir: Path) -> list[int]:

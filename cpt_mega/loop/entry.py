@@ -8,7 +8,7 @@ import traceback
 from collections.abc import Callable
 from pathlib import Path
 
-from cpt_mega.errors import CptMegaError, ExitCode, FolderLost, InputError
+from cpt_mega.errors import CptMegaError, ExitCode, FaultError, FolderLost, InputError
 from cpt_mega.loop.lease import LEASE
 from cpt_mega.loop.noise import quieten
 from cpt_mega.loop.run_folder import RunFolder, ended_since, opened_here, read_status
@@ -57,7 +57,7 @@ def _record(run_dir: str | None, state: str, reason: str, code: ExitCode) -> int
                 before.get("run_id", ""),
                 before.get("next_command", ""),
             )
-            with contextlib.suppress(OSError):  # a folder that cannot be written may be the very error
+            with contextlib.suppress(OSError, FaultError):  # a folder that cannot be written may be the very error
                 folder.mkdir(parents=True, exist_ok=True)
                 RunFolder(folder, writes=True).status(state, reason, *keep)
     return code

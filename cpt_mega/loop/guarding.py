@@ -110,7 +110,8 @@ class AnomalyGuard(NullCallback):
             return
         trainer.complete_what_was_begun()
         self._decide_rollback(trainer, target, refused)
-        raise RollBack(f"{refused}: back to step {target}, without {len(self.known.flagged)} rows")
+        rows = sum(map(len, self.known.flagged.values()))
+        raise RollBack(f"{refused}: back to step {target}, without {rows} rows")
 
     def _finding(self, loss: float, norm: float) -> Finding:
         if self.options.action == OFF:
@@ -127,7 +128,7 @@ class AnomalyGuard(NullCallback):
         self, trainer: Trainer, step: int, batch: DrawnBatch, row_losses: Tensor, places: list[int], line: dict
     ) -> None:
         rows = [_described(trainer, batch.refs[place], *row_losses[place].tolist()) for place in places]
-        rung = alarm(self.known, self.options, step, [[row["source"], row["row"]] for row in rows])
+        rung = alarm(self.known, self.options, step, [(row["source"], row["row"]) for row in rows])
         self.known.skipped_tokens += batch.tokens
         self._rolls_back = rung == ROLL_BACK
         trainer.decide({**line, "tokens": batch.tokens, "rows": rows, "refused_of_late": len(self.known.alarms)})
@@ -144,8 +145,8 @@ class AnomalyGuard(NullCallback):
         exclude = defaultdict(
             list, trainer.state.stream.get("excluded", {})
         )  # that checkpoint may know of none of them
-        for source, row in self.known.flagged:
-            exclude[source] = sorted({*exclude[source], row})
+        for source, rows in self.known.flagged.items():
+            exclude[source] = sorted({*exclude[source], *rows})
         trainer.decide(
             {
                 "kind": rollback.KIND,

@@ -4,6 +4,8 @@ Each batch carries the stream's state right after it was drawn: what a checkpoin
 stood, however far ahead the thread has read.
 """
 
+import math
+import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
@@ -13,6 +15,8 @@ from cpt_mega.data.rows import PackedRow
 from cpt_mega.data.stream import MixedStream, RowRef
 from cpt_mega.data.stream_state import StreamState
 from cpt_mega.engine.step import PreparedBatch
+
+LOOK_S = 1.0  # between two looks at whether the corpora are still those that were opened
 
 
 @dataclass(frozen=True)
@@ -54,6 +58,7 @@ class Prefetcher:
         rows: int,
     ):
         self._stream, self._prepare, self._rows = stream, prepare, rows
+        self._looked = -math.inf
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="prefetch")
         self._ahead: Future[DrawnBatch] = self._thread.submit(self._draw)
 
@@ -89,6 +94,9 @@ class Prefetcher:
             left.with_traceback(None)
 
     def _draw(self) -> DrawnBatch:
+        if time.monotonic() - self._looked >= LOOK_S:  # on a network's file system a look is not for nothing
+            self._stream.check_corpora()
+            self._looked = time.monotonic()
         dropped, tokens = self._stream.dropped, self._stream.tokens
         refs = self._stream.next_batch(self._rows)
         state = self._stream.state

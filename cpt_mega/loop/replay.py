@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from itertools import chain, islice
 from operator import itemgetter
 from pathlib import Path
+from typing import Annotated, TypedDict
 
 import numpy as np
 
@@ -25,9 +26,42 @@ from cpt_mega.data.sources import Source, corpus_identity
 from cpt_mega.data.stream import EndOfData, MixedStream, Repetition, RowRef
 from cpt_mega.data.stream_state import StreamState
 from cpt_mega.errors import InputError
+from cpt_mega.json_types import Count, Range, type_problem
 from cpt_mega.loop.run_folder import LEDGER, METRICS, read_lines, read_status
 
 KIND = "data"
+_Size = Annotated[int, Range(1, 2**24)]
+
+
+class _Source(TypedDict):
+    name: str
+    role: str
+    path: str
+    identity: str
+
+
+class _Entry(TypedDict):
+    """What ``data_entry`` makes, without what every line of the ledger has."""
+
+    step: Count
+    sources: list[_Source]
+    packing: str
+    packing_version: int
+    seq_length: _Size
+    rows: _Size
+    seed: int
+    max_epochs: float | None
+    at_max_epochs: str
+    row_checks: RowChecks
+    state: dict
+
+
+class _Line(TypedDict):
+    """What is needed of a line of the metrics."""
+
+    step: Count
+    tokens_by_source: dict[str, Count]
+    epochs_by_source: dict[str, Annotated[float, Range(0, 2**53)]]
 
 
 def data_entry(config: Config, sources: list[Source], identities: dict[str, str], step: int, state: dict) -> dict:
@@ -260,6 +294,10 @@ def _entries(run_dir: Path) -> list[dict]:
     entries: list[dict] = []
     for entry in read_lines(path):
         if entry.get("kind") == KIND:
+            values = {name: value for name, value in entry.items() if name not in ("kind", "time_s")}
+            problem = type_problem(values, _Entry)
+            if problem is not None:  # without it other rows would be told, and nobody would know
+                raise InputError("--run", str(path), f"a line about the data is damaged ({problem}); name another run")
             entries = [earlier for earlier in entries if earlier["step"] < entry["step"]] + [entry]
     if not entries:
         raise InputError(
@@ -269,10 +307,17 @@ def _entries(run_dir: Path) -> list[dict]:
 
 
 def _lines(run_dir: Path) -> list[dict]:
-    """The lines of the metrics about steps, ascending; those that a session did again have been taken out."""
-    needed = ("step", "tokens_by_source", "epochs_by_source")  # of very many lines
-    lines = (line for line in read_lines(run_dir / METRICS) if line.get("kind") == "train")
-    return [{name: line[name] for name in needed} for line in lines if all(name in line for name in needed)]
+    """The lines of the metrics about steps, ascending; those that a session did again have been taken out.
+
+    One that is damaged is left out: the steps behind it are drawn from the one before.
+    """
+    found: list[dict] = []
+    for line in read_lines(run_dir / METRICS):
+        needed = {name: line[name] for name in _Line.__annotations__ if name in line}  # of very many lines
+        ascends = not found or needed.get("step", 0) > found[-1]["step"]
+        if line.get("kind") == "train" and ascends and type_problem(needed, _Line) is None:
+            found.append(needed)
+    return found
 
 
 def _last_step(run_dir: Path, lines: list[dict]) -> int:

@@ -7,17 +7,36 @@ run that is killed in between has rolled back all the same.
 
 import os
 from pathlib import Path
+from typing import TypedDict
 
 from cpt_mega.checkpoint.store import set_tracker
 from cpt_mega.checkpoint.trainer_state import TrainerState, read_state
 from cpt_mega.errors import InputError
 from cpt_mega.gates.anomaly import AnomalyState
 from cpt_mega.hf.locate import CHECKPOINTS, iteration_folders
+from cpt_mega.json_types import Count, type_problem
 from cpt_mega.lineage import is_complete
 from cpt_mega.loop.run_folder import LEDGER, read_lines
 
 KIND = "rollback"  # of its line in the ledger
 ASIDE = ".rolled_back_{number}-{name}"  # what a checkpoint is called that was made in the episode before a rollback
+
+
+class Rollback(TypedDict):
+    """What its line says: the run, the how-manieth, where to, and what holds from there on (rows by source)."""
+
+    run_id: str
+    number: Count
+    to_step: Count
+    exclude: dict[str, list[Count]]
+    lr_scale: float
+    calm_step: Count
+
+
+def is_rollback(line: dict) -> bool:
+    """Whether a line of a ledger is that of a rollback; one that a bad disk made is none."""
+    asked = {name: line[name] for name in Rollback.__annotations__ if name in line}
+    return line.get("kind") == KIND and type_problem(asked, Rollback) is None
 
 
 def set_aside(run_dir: Path) -> list[str]:
@@ -56,6 +75,5 @@ def _is_behind(folder: Path, lines: dict[str, dict]) -> bool:
 
 def _last_rollbacks(run_dir: Path) -> dict[str, dict]:
     """By the id of the run: a folder may have held others before."""
-    needed = {"run_id", "number", "to_step", "exclude", "lr_scale", "calm_step"}
-    lines = read_lines(run_dir / LEDGER)
-    return {line["run_id"]: line for line in lines if line.get("kind") == KIND and needed <= line.keys()}
+    lines = (line for line in read_lines(run_dir / LEDGER) if is_rollback(line))
+    return {line["run_id"]: line for line in lines}

@@ -8,10 +8,13 @@ import json
 import math
 import os
 import time
+from collections.abc import Iterator
 from pathlib import Path
+from typing import TypedDict
 
-from cpt_mega.errors import ExitCode
-from cpt_mega.lineage import write_json
+from cpt_mega.errors import ExitCode, FaultError
+from cpt_mega.json_types import Count, type_problem
+from cpt_mega.lineage import parse_json, read_json, write_json
 from cpt_mega.loop.lease import Lease, LeaseHeld
 
 STATUS = "status.json"
@@ -29,6 +32,16 @@ STATE_CODES = {
 
 
 _OPENED: set[Path] = set()  # by this process
+
+
+class _Status(TypedDict, total=False):
+    state: str
+    exit_code: int | None
+    reason: str
+    step: Count
+    tokens: Count
+    run_id: str
+    next_command: str
 
 
 class RunFolder:
@@ -80,40 +93,41 @@ class RunFolder:
         _OPENED.add(self.path.absolute())
         if not self.writes:
             return
-        (self.path / "config.yaml").write_text(config_yaml)
-        write_json(self.path / "ranks.json", ranks)
-        write_json(self.path / "sources.json", sources)
-        drop_lines_after(self.path / METRICS, -1 if step is None else step)
-        self._metrics = open(self.path / METRICS, "a", buffering=1)  # noqa: SIM115 (lives as long as the run)
+        with _writing(self.path):
+            (self.path / "config.yaml").write_text(config_yaml)
+            write_json(self.path / "ranks.json", ranks)
+            write_json(self.path / "sources.json", sources)
+            drop_lines_after(self.path / METRICS, -1 if step is None else step)
+            self._metrics = open(self.path / METRICS, "a", buffering=1)  # noqa: SIM115 (lives as long as the run)
 
     def status(self, state: str, reason: str, step: int, tokens: int, run_id: str, next_command: str) -> None:
         """Writes ``status.json``; ``exit_code`` is null while the run is running."""
         if not self.writes:
             return
         code = STATE_CODES.get(state)
-        write_json(
-            self.path / STATUS,
-            {
-                "state": state,
-                "exit_code": None if code is None else int(code),
-                "reason": reason,
-                "step": step,
-                "tokens": tokens,
-                "run_id": run_id,
-                "next_command": next_command,
-            },
-        )
+        status = {
+            "state": state,
+            "exit_code": None if code is None else int(code),
+            "reason": reason,
+            "step": step,
+            "tokens": tokens,
+            "run_id": run_id,
+            "next_command": next_command,
+        }
+        with _writing(self.path / STATUS):
+            write_json(self.path / STATUS, status)
 
     def metric(self, line: dict) -> None:
         """Appends a line to ``metrics.jsonl``."""
         if self._metrics is not None and self.writes:
-            self._metrics.write(json.dumps(line) + "\n")
+            with _writing(self.path / METRICS):
+                self._metrics.write(json.dumps(line) + "\n")
 
     def decide(self, line: dict) -> None:
         """Appends a decision to ``ledger.jsonl``, on disk before the run acts on it."""
         if not self.writes:
             return
-        with open(self.path / LEDGER, "a+b") as stream:
+        with _writing(self.path / LEDGER), open(self.path / LEDGER, "a+b") as stream:
             if stream.tell() and (stream.seek(-1, os.SEEK_END), stream.read(1))[1] != b"\n":
                 stream.write(b"\n")  # a process was killed within a line
             stream.write(json.dumps({"time_s": round(time.time(), 3), **line}).encode() + b"\n")
@@ -132,16 +146,29 @@ class RunFolder:
     def close(self) -> None:
         """Ends the metrics and gives the folder up."""
         if self._metrics is not None:
-            self._metrics.close()
+            with contextlib.suppress(OSError):  # a line that could not be written was told of
+                self._metrics.close()
         if self._lease is not None:
             self._lease.release()
 
 
+@contextlib.contextmanager
+def _writing(path: Path) -> Iterator[None]:
+    """Raises FaultError for what cannot be written: a run whose record has holes does not go on as if nothing were."""
+    try:
+        yield
+    except OSError as error:
+        fix = "the last checkpoint is intact: mend that, then the same command goes on"
+        raise FaultError(f"{path} cannot be written ({error.strerror}); {fix}") from error
+
+
 def read_status(run_dir: str | Path) -> dict | None:
-    """``status.json`` of a run folder, or None where there is none that can be read."""
+    """``status.json`` of a run folder, or None where there is none that can be read and is one."""
     with contextlib.suppress(OSError, ValueError):
-        status = json.loads((Path(run_dir) / STATUS).read_text())
-        return status if isinstance(status, dict) else None
+        status = read_json(Path(run_dir) / STATUS)
+        if isinstance(status, dict):  # that of a newer version may hold more
+            known = {name: status[name] for name in _Status.__annotations__ if name in status}
+            return status if type_problem(known, _Status) is None else None
     return None
 
 
@@ -159,12 +186,17 @@ def opened_here(run_dir: str | Path) -> bool:
 
 
 def read_lines(path: Path) -> list[dict]:
-    """The JSON objects of a file of lines, none when there is no file; a line cut by a crash is passed over."""
+    """The JSON objects of a file of lines, none when there is no file.
+
+    A line that was cut by a crash or is damaged is passed over, and so is one whose step is no number.
+    """
     found = []
-    for line in path.read_text().splitlines() if path.is_file() else ():
-        with contextlib.suppress(ValueError):
-            found.append(json.loads(line))
-    return [value for value in found if isinstance(value, dict)]
+    if path.is_file():
+        with open(path, encoding="utf-8", errors="replace") as stream:
+            for line in stream:
+                with contextlib.suppress(ValueError):
+                    found.append(parse_json(line))
+    return [value for value in found if isinstance(value, dict) and type_problem(value.get("step", 0), Count) is None]
 
 
 def drop_lines_after(path: Path, step: int) -> None:

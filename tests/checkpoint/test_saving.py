@@ -67,6 +67,14 @@ def test_what_is_not_what_the_run_had_is_no_checkpoint(workers, jobsite, tmp_pat
     assert [path.name.startswith(".building-") for path in left] == [True] and not is_complete(left[0])
 
 
+@pytest.mark.parametrize("what", ["index", "format"])
+def test_what_the_main_process_alone_cannot_write_all_are_told(workers, jobsite, tmp_path, what):
+    """Core leaves the others in a collective there, until its time is up."""
+    words = [f"run.dir={tmp_path}", WAITING]
+    said = workers(2).run("save_without_room_for_what_one_writes", config=jobsite.config, overrides=words, what=what)
+    assert len(said) == 2 and all("No space left on device" in one and "is intact" in one for one in said)
+
+
 def test_a_signal_to_all_processes_of_a_job_does_not_end_a_save(workers, jobsite, tmp_path):
     folder = workers(2).run("save_through_a_signal_to_all", config=jobsite.config, overrides=[f"run.dir={tmp_path}"])[0]
     assert is_complete(folder)

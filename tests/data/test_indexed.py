@@ -1,11 +1,14 @@
+import os
 import struct
+import subprocess
+import sys
 
 import numpy as np
 import pytest
 
-from cpt_mega.data.indexed import DTYPES, HEADER, IndexedCorpus, token_dtype
+from cpt_mega.data.indexed import DTYPES, HEADER, IndexedCorpus, mask_path, token_dtype
 from cpt_mega.data.indexed_writer import IndexedCorpusWriter
-from cpt_mega.errors import InputError
+from cpt_mega.errors import FaultError, InputError
 from tests.helpers.corpora import write_corpus
 
 DOCUMENTS = [[1, 2, 3], [4], [5, 6, 7, 8, 9]]
@@ -135,6 +138,70 @@ def test_a_missing_file_is_named(tmp_path, suffix):
     (tmp_path / f"c{suffix}").unlink()
     with pytest.raises(InputError, match=f"c{suffix}.*no such file"):
         IndexedCorpus(tmp_path / "c")
+
+
+@pytest.mark.parametrize("size", [0, 1, 35, 37])
+def test_a_bin_that_was_cut_or_grew_is_refused(tmp_path, size):
+    write_corpus(tmp_path / "c", DOCUMENTS)
+    os.truncate(tmp_path / "c.bin", size)
+    with pytest.raises(InputError, match=rf"c\.bin = '{size} bytes': the index describes 36 bytes"):
+        IndexedCorpus(tmp_path / "c")
+
+
+READ_WHAT_WAS_CUT = """
+import os, sys
+import numpy as np
+from cpt_mega.data.indexed import IndexedCorpus, mask_path
+from cpt_mega.data.indexed_writer import IndexedCorpusWriter
+from cpt_mega.errors import FaultError
+prefix = sys.argv[1]
+with IndexedCorpusWriter(prefix, np.int32) as writer:
+    writer.add(np.arange(100_000))
+mask_path(prefix).write_bytes(bytes(100_000))
+corpus = IndexedCorpus(prefix)
+os.truncate(prefix + ".bin", 4096)
+os.truncate(mask_path(prefix), 4096)
+for read in (corpus.read, corpus.read_mask, lambda *place: list(corpus.blocks()), lambda *place: corpus.digest_part(0, 1)):
+    try:
+        read(0, 90_000, 10)
+    except FaultError as error:
+        print(error)
+"""
+
+
+def test_a_file_that_is_cut_while_it_is_read_is_an_error_and_no_signal(tmp_path):
+    """In a process of its own: what looked there through a mapping was ended by SIGBUS."""
+    words = [sys.executable, "-c", READ_WHAT_WAS_CUT, str(tmp_path / "c")]
+    done = subprocess.run(words, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0, done.stderr
+    lines = done.stdout.splitlines()
+    assert len(lines) == 4 and all("was cut while it was read" in line for line in lines)
+    assert [".mask.bin" in line for line in lines] == [False, True, False, False]
+
+
+def _replace(path):
+    path.with_name("beside").write_bytes(path.read_bytes())
+    os.replace(path.with_name("beside"), path)
+
+
+CHANGES = {
+    "replaced": _replace,
+    "written to": lambda path: os.utime(path, ns=(0, 1)),
+    "cut": lambda path: os.truncate(path, path.stat().st_size - 1),
+    "gone": lambda path: path.unlink(),
+}
+
+
+@pytest.mark.parametrize("how", CHANGES)
+@pytest.mark.parametrize("suffix", [".bin", ".idx", ".mask.bin"])
+def test_a_file_that_is_another_than_was_opened_is_noticed(tmp_path, suffix, how):
+    write_corpus(tmp_path / "c", DOCUMENTS)
+    mask_path(tmp_path / "c").write_bytes(bytes(9))
+    corpus = IndexedCorpus(tmp_path / "c")
+    corpus.check_unchanged()
+    CHANGES[how](tmp_path / f"c{suffix}")
+    with pytest.raises(FaultError, match=rf"c\{suffix} is (gone|not the file)"):
+        corpus.check_unchanged()
 
 
 @pytest.fixture

@@ -17,7 +17,7 @@ MANIFEST = CorpusManifest(
     documents=2,
     tokens=3,
     content_digest="c",
-    parts=[{"documents": 2, "tokens": 3, "sha256": "c"}],
+    parts=[{"documents": 2, "tokens": 3, "sha256": "c" * 64, "source": 0, "source_bytes": 1, "source_sha256": "s"}],
     sources=[{"path": "a", "bytes": 1, "sha256": "s"}],
     tool_version="0",
 )

@@ -142,6 +142,6 @@ def test_where_there_are_no_locks_all_make_the_same(corpus, monkeypatch):
     monkeypatch.setattr(plan_store.fcntl, "flock", no_locks)
     made = open_plan(corpus, 32, "best_fit")
     first = (plans_path(corpus.prefix) / files(corpus)[0]).read_bytes()
-    monkeypatch.setattr(plan_store, "_read", lambda path: None)  # as one that looked before it was there
+    monkeypatch.setattr(plan_store, "_read", lambda path, seq_length: None)  # as one that looked before it was there
     assert same(open_plan(corpus, 32, "best_fit"), made)
     assert [(plans_path(corpus.prefix) / name).read_bytes() for name in files(corpus)] == [first]

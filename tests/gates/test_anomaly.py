@@ -101,19 +101,19 @@ def test_rows_are_blamed_only_where_they_stand_out_among_others():
 
 def test_the_ladder_is_climbed_step_by_step_and_left_after_the_cool_down():
     state, options = after(50), OPTIONS
-    rungs = [alarm(state, options, step, [["a", step]]) for step in range(51, 57)]
+    rungs = [alarm(state, options, step, [("a", step)]) for step in range(51, 57)]
     assert rungs == [SKIP, SKIP, LOWER, LOWER, LOWER, ROLL_BACK]
-    assert state.alarms == list(range(51, 57)) and state.flagged == [["a", row] for row in range(51, 57)]
+    assert state.alarms == list(range(51, 57)) and state.flagged == {"a": list(range(51, 57))}
     assert state.lr_scale == 0.125 and state.calm_step == 55 + options.cool_down_steps
     assert not accept(state, options, state.calm_step - 1, 2.0, 0.5) and state.lr_scale == 0.125
     assert accept(state, options, state.calm_step, 2.0, 0.5)
-    assert (state.lr_scale, state.calm_step, state.alarms, state.flagged) == (1.0, None, [], [])
+    assert (state.lr_scale, state.calm_step, state.alarms, state.flagged) == (1.0, None, [], {})
 
 
 def test_refused_updates_far_apart_climb_nothing():
     state = after(50)
-    rungs = [alarm(state, OPTIONS, 60 + step * OPTIONS.cool_down_steps, [["a", step]]) for step in range(10)]
-    assert set(rungs) == {SKIP} and state.flagged == [["a", 9]]
+    rungs = [alarm(state, OPTIONS, 60 + step * OPTIONS.cool_down_steps, [("a", step)]) for step in range(10)]
+    assert set(rungs) == {SKIP} and state.flagged == {"a": [9]}
 
 
 def test_a_rollback_goes_behind_the_episode_and_further_when_that_did_not_help():
@@ -130,14 +130,14 @@ def test_a_rollback_goes_behind_the_episode_and_further_when_that_did_not_help()
 
 def test_the_state_comes_back_from_json_bit_for_bit():
     state = after(300)
-    alarm(state, OPTIONS, 301, [["a", 3]])
+    alarm(state, OPTIONS, 301, [("a", 3)])
     assert AnomalyState.from_json(json.loads(json.dumps(state.to_json()))) == state
     assert AnomalyState.from_json({}) == AnomalyState()
 
 
 @pytest.mark.parametrize(
     "values",
-    [{"losses": 3}, {"losses": ["x"]}, {"flagged": [["a"]]}, {"alarms": None}, {"other": 1}, {"lr_scale": "x"}],
+    [{"losses": 3}, {"losses": ["x"]}, {"flagged": {"a": ["b"]}}, {"alarms": None}, {"other": 1}, {"lr_scale": "x"}],
 )
 def test_a_state_that_is_none_is_refused(values):
     with pytest.raises(CheckpointError, match="anomaly window"):

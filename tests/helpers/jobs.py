@@ -1,5 +1,6 @@
 """What worker processes do for tests, through public doors; arguments and results are JSON."""
 
+import errno
 import gc
 import io
 import itertools
@@ -18,6 +19,8 @@ from pathlib import Path
 import psutil
 import torch
 import torch.distributed as dist
+from megatron.core.dist_checkpointing import serialization
+from torch.distributed.checkpoint import FileSystemWriter
 
 from cpt_mega.checkpoint import background
 from cpt_mega.checkpoint.saving import CheckpointSave, weights_name
@@ -334,6 +337,42 @@ def save_torn(config: str, overrides: list[str], how: str) -> None:
                 time.sleep(0.01)
         finally:
             EngineSave.write, filesystem_async._write_item = write, write_item
+
+
+def save_without_room_for_what_one_writes(config: str, overrides: list[str], what: str) -> str:
+    """What each rank is told when core's index, or the file that names its format, cannot be written by the main process."""
+    owner, name = {"index": (FileSystemWriter, "finish"), "format": (serialization, "save_config")}[what]
+    plain = getattr(owner, name)
+
+    def full(*arguments):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with _saver(config, overrides) as (_, begin):
+        setattr(owner, name, full)
+        try:
+            begin(1).to_its_end()
+        except FaultError as error:
+            return str(error)
+        finally:
+            setattr(owner, name, plain)
+    return "it was written"
+
+
+def train_while_a_corpus_changes(config: str, overrides: list[str], prefix: str, rows: int, how: str) -> None:
+    """A run, one of whose corpora is replaced, written to or cut when the main process has read some rows."""
+
+    def change(count: int) -> None:
+        if count == rows and os.environ.get("RANK", "0") == "0":
+            path = Path(f"{prefix}.bin")
+            if how == "cut":
+                os.truncate(path, 0)
+            else:
+                beside = path.with_name("beside")
+                beside.write_bytes(bytes(path.stat().st_size))
+                os.replace(beside, path)
+
+    with _each_row_read(change):
+        run_session(load_config(config, overrides), "the same command")
 
 
 def train_on_a_full_disk(config: str, overrides: list[str]) -> None:

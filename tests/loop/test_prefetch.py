@@ -4,7 +4,8 @@ import pytest
 
 from cpt_mega.data.stream import MixedStream
 from cpt_mega.data.stream_state import StreamState
-from cpt_mega.errors import InputError
+from cpt_mega.errors import FaultError, InputError
+from cpt_mega.loop import prefetch
 from cpt_mega.loop.prefetch import Prefetcher
 from tests.helpers.corpora import counting_corpus, make_source
 
@@ -22,6 +23,9 @@ class Stream:
 
     def take_hits(self):
         return []
+
+    def check_corpora(self):
+        pass
 
     def row_tokens(self, ref):
         raise AssertionError("there is no row")
@@ -65,3 +69,16 @@ def test_a_change_that_is_refused_changes_nothing_and_repeats_no_batch(tmp_path)
         return found
 
     assert refs(True) == refs(False)
+
+
+def test_a_corpus_that_is_replaced_under_a_run_ends_it_at_the_next_look(tmp_path, monkeypatch):
+    """Its size and all that is read of it are as before; only the file is another."""
+    monkeypatch.setattr(prefetch, "LOOK_S", 0.0)
+    source = make_source(counting_corpus(tmp_path / "c", [8] * 50), "a", 1, 8)
+    with Prefetcher(MixedStream([source], 8, seed=0), prepared, 4) as batches:
+        batches.next()
+        (tmp_path / "beside").write_bytes((tmp_path / "c.bin").read_bytes())
+        (tmp_path / "beside").replace(tmp_path / "c.bin")
+        with pytest.raises(FaultError, match=r"c\.bin is not the file"):
+            for _ in range(3):  # one was read ahead
+                batches.next()

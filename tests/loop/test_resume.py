@@ -1,6 +1,7 @@
 """Train through; or stop, resume, stop, resume: every loss, weight, moment, cursor and generator is the same, bit for bit."""
 
 import json
+import shutil
 
 import pytest
 import torch
@@ -168,6 +169,21 @@ def test_a_reader_that_fails_loses_no_report(workers, jobsite, tmp_path):
     assert "the disk is gone" in str(failure.value)
     assert [line["step"] for line in metrics(run, "train")] == [1, 2]
     assert not list((run / "checkpoints").glob("iter_*"))
+
+
+@pytest.mark.parametrize("how", ["replaced", "cut"])
+def test_a_corpus_that_changes_under_a_run_is_a_fault_and_no_checkpoint(workers, jobsite, tmp_path, how):
+    for suffix in (".bin", ".idx"):
+        shutil.copyfile(jobsite.folder / f"domain{suffix}", tmp_path / f"domain{suffix}")
+    run, prefix = tmp_path / "run", tmp_path / "domain"
+    source = f"data.sources=[{{name: domain, path: {prefix}, role: domain}}]"
+    words = [f"run.dir={run}", source, "checkpoint.interval_tokens=100"]
+    with pytest.raises(JobFailed) as failure:
+        job = {"config": jobsite.config, "overrides": words, "prefix": str(prefix), "rows": 12, "how": how}
+        workers(1).run("train_while_a_corpus_changes", **job)
+    assert failure.value.kind == "FaultError" and "domain.bin" in str(failure.value)
+    saved = [int(path.name.removeprefix("iter_")) for path in (run / "checkpoints").glob("iter_*")]
+    assert max(saved, default=0) < 4
 
 
 def test_a_loss_that_is_not_finite_is_a_fault_that_saves_nothing(workers, jobsite, tmp_path):

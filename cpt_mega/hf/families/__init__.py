@@ -10,6 +10,8 @@ from cpt_mega.hf.config_reader import ConfigReader
 from cpt_mega.hf.shape import ModelShape
 from cpt_mega.hf.tensor_map import Rule, TensorMap
 
+_HF_NAMES = {"kv_heads": "num_key_value_heads"}
+
 
 @dataclass(frozen=True)
 class Family:
@@ -53,12 +55,9 @@ def read_shape(config: dict) -> ModelShape:
     family, reader = find_family(config.get("model_type")), ConfigReader(config)
     shape = family.read_shape(reader)
     reader.finish()
-    if shape.heads % shape.kv_heads:
-        raise InputError("config.json: num_key_value_heads", shape.kv_heads, f"must divide {shape.heads} query heads")
-    rotary = shape.rope.rotary_dim(shape.head_dim)
-    if rotary % 2 or not rotary:
-        what = f"head_dim {shape.head_dim} x partial_rotary_factor {shape.rope.partial}"
-        raise InputError("config.json: head_dim", what, "must be an even number: rotary embedding turns pairs")
+    if shape.contradiction is not None:
+        field, wrong, fix = shape.contradiction
+        raise InputError(f"config.json: {_HF_NAMES.get(field, field)}", wrong, fix)
     if shape.rope.partial != 1.0 and shape.rope_factor != 1.0:
         fix = "scales a part of each head, which attention cannot do"
         raise InputError("config.json: partial_rotary_factor", shape.rope.partial, f"type {shape.rope.type} {fix}")

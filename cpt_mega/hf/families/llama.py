@@ -5,7 +5,7 @@ Source: ``transformers/models/llama``.
 
 from cpt_mega.hf.config_reader import ConfigReader
 from cpt_mega.hf.rope import RopeShape
-from cpt_mega.hf.shape import ModelShape
+from cpt_mega.hf.shape import MOST_HEAD_DIM, MOST_LAYERS, ModelShape
 from cpt_mega.hf.tensor_map import Direct, PaddedVocab, QkvGroups, Rule, StackedLayers
 
 # Files of transformers before 4.32 carry the frequencies of the rotary embedding.
@@ -44,12 +44,12 @@ def read_decoder(
     hidden_size, heads = reader.size("hidden_size"), reader.size("num_attention_heads")
     return ModelShape(
         family=family,
-        layers=reader.size("num_hidden_layers"),
+        layers=reader.size("num_hidden_layers", most=MOST_LAYERS),
         hidden_size=hidden_size,
         ffn_hidden_size=reader.size("intermediate_size"),
         heads=heads,
         kv_heads=reader.size("num_key_value_heads", kv_heads),
-        head_dim=reader.size("head_dim", head_dim or hidden_size // heads),
+        head_dim=reader.size("head_dim", head_dim or hidden_size // heads, most=MOST_HEAD_DIM),
         vocab_size=reader.size("vocab_size"),
         max_positions=reader.size("max_position_embeddings"),
         norm_eps=reader.number("rms_norm_eps", norm_eps),

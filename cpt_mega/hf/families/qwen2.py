@@ -5,7 +5,7 @@ Source: ``transformers/models/qwen2``.
 
 from cpt_mega.hf.config_reader import ConfigReader
 from cpt_mega.hf.families import llama
-from cpt_mega.hf.shape import ModelShape
+from cpt_mega.hf.shape import MOST_LAYERS, ModelShape
 from cpt_mega.hf.tensor_map import Rule
 
 _WINDOWED, _FULL = "sliding_attention", "full_attention"
@@ -23,7 +23,7 @@ def read_windows(reader: ConfigReader) -> dict:
     window = reader.window(4096)
     if not reader.flag("use_sliding_window", False):
         window = None
-    layers, first = reader.size("num_hidden_layers"), reader.count("max_window_layers", 28)
+    layers, first = reader.size("num_hidden_layers", most=MOST_LAYERS), reader.count("max_window_layers", 28)
     default = [_WINDOWED if window is not None and i >= first else _FULL for i in range(layers)]
     types = reader.layer_types(default, frozenset({_WINDOWED, _FULL} if window is not None else {_FULL}))
     if _WINDOWED not in types:
