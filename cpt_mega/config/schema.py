@@ -213,7 +213,7 @@ class AnomalyOptions(Section):
     window_steps: PositiveInt = Field(128, description="steps whose scatter a step is measured by")
     loss_z: float = Field(8.0, gt=0, description="robust z-score of the loss above which an update is refused")
     clip_z: float = Field(6.0, gt=0, description="that of the gradient norm above which it is scaled down to it")
-    skip_z: float = Field(12.0, gt=0, description="that of the gradient norm above which an update is refused")
+    skip_z: float = Field(40.0, gt=0, description="that of the gradient norm above which an update is refused")
     lower_lr_after: PositiveInt = Field(
         3, description="refused updates, within the cool-down, from which on the rate is lowered"
     )

@@ -21,7 +21,7 @@ from cpt_mega.json_types import Count, type_problem
 NONE, CLIP, SKIP = "none", "clip", "skip"
 LOWER, ROLL_BACK = "lower_lr", "roll_back"
 MIN_STEPS = 16  # whose rises are known before deviations are; until then the factors below guard
-MOST_LOSS, MOST_NORM = 2.0, 10.0  # times the most that was seen so far
+MOST_LOSS, MOST_NORM = 2.0, 50.0  # times the usual so far, and the most so far
 _TINY = 1e-30  # of which there is a logarithm
 _LEVEL_STEPS = 16  # whose median is the level
 _NORMAL = 1.4826  # a normal distribution's standard deviation, in median absolute deviations

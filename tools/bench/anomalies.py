@@ -1,6 +1,6 @@
 """Does the guard leave healthy runs alone, and does it see every planted spike?
 
-    python tools/bench/anomalies.py [--seeds 20] [--steps 2000]
+    python tools/bench/anomalies.py [--seeds 20] [--steps 2000] [--rows 32]
 
 Trains a tiny Llama on bytes of Python's own library, anew for each seed, and only logs what the guard finds: alarms there are
 false. Then, on the recorded losses and norms, a spike is planted at each of some steps (the loss times three, the gradient
@@ -28,12 +28,12 @@ from cpt_mega.config.schema import AnomalyOptions
 from cpt_mega.gates.anomaly import SKIP, AnomalyState, accept, first_losses, judge
 
 ROOT = Path(__file__).resolve().parent.parent.parent
-ROWS, SEQ_LENGTH, VOCABULARY = 8, 64, 257
+SEQ_LENGTH, VOCABULARY = 64, 257
 TRAIN = """\
 run: {{dir: {folder}/run}}
 model: {{checkpoint: {folder}/import}}
 precision: fp32
-train: {{tokens: {tokens}, seq_length: 64, global_batch_size: 8, micro_batch_size: 8}}
+train: {{tokens: {tokens}, seq_length: 64, global_batch_size: {rows}, micro_batch_size: {rows}}}
 optimizer: {{lr: 3.0e-3}}
 data: {{sources: [{{name: code, path: {folder}/code, role: domain}}]}}
 eval: {{max_tokens: 4096, sets: [{{path: {folder}/heldout, bucket: domain}}]}}
@@ -47,13 +47,14 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seeds", type=int, default=20, help="healthy runs (20)")
     parser.add_argument("--steps", type=int, default=2000, help="steps of each (2000)")
+    parser.add_argument("--rows", type=int, default=32, help="of 64 tokens, a step (32)")
     parser.add_argument("--spikes", type=int, default=200, help="steps of each run at which one is planted (200)")
     parser.add_argument("--factor", type=float, default=3.0, help="what the loss is multiplied by there (3)")
     parser.add_argument("--json", type=Path, help="also writes every run's losses, norms and findings")
     options = parser.parse_args()
     console, begin = Console(), time.monotonic()
     with tempfile.TemporaryDirectory(prefix="anomalies_") as name, ThreadPoolExecutor(2) as two:
-        prepare(Path(name), options.steps)
+        prepare(Path(name), options.steps, options.rows)
         found = []
         for seed, run in enumerate(two.map(lambda seed: train(Path(name), seed), range(options.seeds))):
             found.append(run)
@@ -68,7 +69,7 @@ def main() -> int:
     return int(any(run["alarms"] for run in found) or missed(options, found) > 0)
 
 
-def prepare(folder: Path, steps: int) -> None:
+def prepare(folder: Path, steps: int, rows: int) -> None:
     """A random tiny Llama as an import, two corpora of bytes, a configuration."""
     import numpy as np
     import torch
@@ -86,7 +87,7 @@ def prepare(folder: Path, steps: int) -> None:
         with IndexedCorpusWriter(str(folder / name), np.uint16) as writer:
             for file in part:
                 writer.add(np.append(np.frombuffer(file.read_bytes(), np.uint8).astype(np.uint16) + 1, 0))
-    (folder / "train.yaml").write_text(TRAIN.format(folder=folder, tokens=steps * ROWS * SEQ_LENGTH))
+    (folder / "train.yaml").write_text(TRAIN.format(folder=folder, tokens=steps * rows * SEQ_LENGTH, rows=rows))
 
 
 def train(folder: Path, seed: int) -> dict:
