@@ -84,7 +84,7 @@ class Hits:
 class Launch:
     """One start of a run by its command, in a session of its own as a terminal has it."""
 
-    def __init__(self, site: "Site", run: Path):
+    def __init__(self, site: "Site", run: Path, **environment: str):
         self.site, self.run, self.began = site, run, time.monotonic()
         self._starts = len(restores(run))  # before this one
         self._left = unfinished(run)
@@ -93,7 +93,7 @@ class Launch:
         self.process = subprocess.Popen(
             command,
             cwd=ROOT,
-            env=site.environment,
+            env=site.environment | environment,
             stdout=self._log,
             stderr=subprocess.STDOUT,
             start_new_session=True,
@@ -315,12 +315,15 @@ class TrainerFault:
         hit: does it to a launch; the exit code that the launcher ended with, None when it took too long.
         moment: waits for when; False when the run was over before.
         codes: exit codes that are right; none: any, as for a process that was killed.
+        before: what is done before each start.
+        restarts: how often torchrun starts the processes again by itself.
     """
 
     hit: Callable[[Launch, random.Random, Hits], int | None]
     moment: Callable[[Launch, random.Random, tuple[float, float]], bool]
     codes: tuple[int, ...] = ()
     before: Callable[[Site], None] = lambda site: None
+    restarts: int = 0
 
     def __call__(
         self, site: Site, hits: Hits, injections: int, draw: random.Random, times: tuple, console: Console
@@ -339,7 +342,7 @@ class TrainerFault:
         done, kept = 0, None
         while True:
             self.before(site)
-            with ended(Launch(site, run)) as launch:
+            with ended(Launch(site, run, MAX_RESTARTS=str(self.restarts))) as launch:
                 hit = hits.injections < injections and self.moment(launch, draw, times)
                 if not hit:
                     waited(launch, lambda launch=launch: launch.first_step_s is not None)
@@ -572,6 +575,7 @@ FAULTS: dict[str, Callable] = {
     "kill one rank in an evaluation": TrainerFault(kill_one, inside(evaluating)),
     "kill all in a save": TrainerFault(kill_all, inside(Launch.is_saving)),
     "kill all while packing": TrainerFault(kill_all, inside(packing), before=forget_plans),
+    "kill one rank, restarted by torchrun": TrainerFault(kill_one, at_random, (0,), restarts=1),
     "SIGTERM": TrainerFault(terminate, at_random, (0, PREEMPTED)),
     "Ctrl-C": TrainerFault(interrupt, at_random, (0, PREEMPTED)),
     "STOP": TrainerFault(touch_stop, at_random, (0, PREEMPTED)),
