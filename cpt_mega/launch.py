@@ -1,8 +1,8 @@
 """torchrun for the trainer: ``python -m cpt_mega.launch TORCHRUN_OPTIONS -m cpt_mega.train --config FILE ...``.
 
 torchrun itself kills its workers 30 s after a signal, however long a save takes, has them die of one that comes while they
-are still importing, and of a second one it dies alone, so that they go on. Here it never sees SIGTERM and SIGINT: they are
-held back in all its threads but one, which hands them on to the workers, and the workers take them when they are ready.
+are still importing, keeps a second one from them, and answers 1 when they ended well all the same. Here it never sees SIGTERM
+and SIGINT: they are held back in all its threads but one, which hands them on, and the workers take them when they are ready.
 
 Exit code 0, 1 when a worker ended otherwise than well (its own code is in ``CPT_MEGA_EXIT_CODE_FILE``), 75 when a second
 SIGINT was followed by force.
