@@ -6,9 +6,11 @@ import subprocess
 import time
 from pathlib import Path
 
+import psutil
 import pytest
 
 from tests.helpers.jobsite import metrics, status
+from tests.helpers.slurm import until
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 LAUNCHER = ROOT / "launch" / "torchrun.sh"
@@ -66,6 +68,15 @@ def test_a_gate_stop_ends_with_80(jobsite, tmp_path):
     code, out, err = _finish(_start(jobsite, tmp_path / "run", *words))
     assert code == 80
     assert "general perplexity" in out and "exit code 80" in err and "Traceback" not in err
+
+
+def test_a_signal_before_the_configuration_is_read_begins_nothing(jobsite, tmp_path):
+    process = _start(jobsite, tmp_path / "run")
+    until(lambda: psutil.Process(process.pid).children())
+    process.send_signal(signal.SIGTERM)
+    code, _, err = _finish(process)
+    assert code == 75 and err == "ended with exit code 75 before the run began\n"
+    assert not (tmp_path / "run").exists()
 
 
 @pytest.mark.parametrize(

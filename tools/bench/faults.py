@@ -110,6 +110,10 @@ class Launch:
     def is_over(self) -> bool:
         return self.process.poll() is not None
 
+    def has_begun(self) -> bool:
+        """Whether it has got as far as to say from which step it goes on; what is there before that is an earlier start's."""
+        return len(restores(self.run)) > self._starts
+
     def is_saving(self) -> bool:
         return bool(unfinished(self.run) - self._left)
 
@@ -117,8 +121,7 @@ class Launch:
         """Notes when the first new step has ended; asked again and again, looks ten times a second."""
         if self.first_step_s is None and self.seconds - self._looked > 0.1:
             self._looked = self.seconds
-            begun = restores(self.run)
-            if len(begun) > self._starts and (last_step(self.run) or 0) > begun[-1]:
+            if self.has_begun() and (last_step(self.run) or 0) > restores(self.run)[-1]:
                 self.first_step_s = self.seconds
 
     def family(self) -> list[psutil.Process]:
@@ -430,6 +433,8 @@ def inside(holds: Callable[[Launch], bool]) -> Callable[[Launch, random.Random, 
 
 def evaluating(launch: Launch) -> bool:
     """Whether the last line is that of a step at which the reference was evaluated, and not yet of an evaluation."""
+    if not launch.has_begun():
+        return False
     lines = read_lines(launch.run / "metrics.jsonl")
     if not lines or lines[-1]["kind"] != "train":
         return False
