@@ -415,11 +415,13 @@ def at_random(launch: Launch, draw: random.Random, times: tuple[float, float]) -
     return waited(launch, lambda: launch.seconds > moment)
 
 
-def inside(holds: Callable[[Launch], bool]) -> Callable[[Launch, random.Random, tuple[float, float]], bool]:
-    """Some steps on from the start, as soon as something has begun, and a little later."""
+def inside(
+    holds: Callable[[Launch], bool], comes_again: bool = True
+) -> Callable[[Launch, random.Random, tuple[float, float]], bool]:
+    """As soon as something has begun, or a little later: the first to the third time, where it ``comes_again``."""
 
     def moment(launch: Launch, draw: random.Random, times: tuple[float, float]) -> bool:
-        passed = draw.randrange(3)
+        passed = draw.randrange(3) if comes_again else 0
         for number in range(passed + 1):
             if not waited(launch, lambda: holds(launch)):
                 return False
@@ -579,7 +581,7 @@ FAULTS: dict[str, Callable] = {
     "kill all": TrainerFault(kill_all, at_random),
     "kill one rank in an evaluation": TrainerFault(kill_one, inside(evaluating)),
     "kill all in a save": TrainerFault(kill_all, inside(Launch.is_saving)),
-    "kill all while packing": TrainerFault(kill_all, inside(packing), before=forget_plans),
+    "kill all while packing": TrainerFault(kill_all, inside(packing, comes_again=False), before=forget_plans),
     "kill one rank, restarted by torchrun": TrainerFault(kill_one, at_random, (0,), restarts=1),
     "SIGTERM": TrainerFault(terminate, at_random, (0, PREEMPTED)),
     "Ctrl-C": TrainerFault(interrupt, at_random, (0, PREEMPTED)),
