@@ -6,8 +6,10 @@ import itertools
 import os
 import shutil
 import signal
+import sys
 import threading
 import time
+import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from dataclasses import replace
@@ -41,6 +43,7 @@ from cpt_mega.hf.shape import ModelShape
 from cpt_mega.hf.weights import ModelNames
 from cpt_mega.loop import callbacks, hangs, lease
 from cpt_mega.loop.housekeeping import collected_together
+from cpt_mega.loop.prefetch import Prefetcher
 from cpt_mega.loop.run_folder import METRICS, read_lines
 from cpt_mega.loop.scoring import score_file
 from cpt_mega.loop.session import run_session
@@ -488,11 +491,14 @@ def train_and_signal(config: str, overrides: list[str], moment: str) -> list:
 
 
 def interrupt_twice_in_the_loader(config: str, overrides: list[str]) -> list:
-    """``[exit code, seconds]`` of a run whose next row does not come, from the first of two SIGINTs on."""
+    """``[exit code, seconds]`` of a run that waits for a row that does not come, from the first of two SIGINTs on."""
     comes, begin = threading.Event(), []
 
     def stuck(number):
         if number == 9:
+            while not _is_in(threading.main_thread(), Prefetcher.next):
+                time.sleep(0.01)
+            time.sleep(0.1)
             begin.append(time.monotonic())
             for _ in range(2):
                 os.kill(os.getpid(), signal.SIGINT)
@@ -507,3 +513,8 @@ def interrupt_twice_in_the_loader(config: str, overrides: list[str]) -> list:
             if thread.name.startswith("prefetch"):
                 thread.join()
         return [code, took]
+
+
+def _is_in(thread: threading.Thread, function: Callable) -> bool:
+    frame = sys._current_frames()[thread.ident]
+    return any(found.f_code is function.__code__ for found, _ in traceback.walk_stack(frame))

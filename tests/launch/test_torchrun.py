@@ -3,6 +3,7 @@
 import os
 import signal
 import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -105,3 +106,15 @@ def test_a_signal_ends_with_75_and_the_same_command_goes_on(jobsite, tmp_path, n
     )
     assert again.returncode == 0 and status(run)["state"] == "finished"
     assert metrics(run, "train")[ended["step"]]["step"] == ended["step"] + 1
+
+
+@pytest.mark.parametrize(("changed", "code"), [("in this launch", 75), ("in an earlier one", 2)])
+def test_what_torchrun_starts_again_ends_as_this_launch_did(jobsite, tmp_path, changed, code):
+    """A run that was stopped stays so; one that was stopped some other day, and is lost now, goes on."""
+    (tmp_path / "status.json").write_text('{"state": "preempted", "exit_code": 75}')
+    if changed == "in an earlier one":
+        os.utime(tmp_path / "status.json", (1, 1))
+    words = ["--config", jobsite.config, f"run.dir={tmp_path}", "model.checkpoint=/nowhere"]  # going on, it is refused
+    environment = {**os.environ, "TORCHELASTIC_RESTART_COUNT": "1"}
+    done = subprocess.run([sys.executable, "-m", "cpt_mega.train", *words], cwd=ROOT, env=environment, timeout=120)
+    assert done.returncode == code
