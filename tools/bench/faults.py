@@ -366,7 +366,7 @@ class TrainerFault:
                 return done
 
     def _hit_once(self, launch: Launch, hits: Hits, draw: random.Random, console: Console) -> int | None:
-        moment = launch.seconds
+        moment, before = launch.seconds, last_step(launch.run) or 0
         code = self.hit(launch, draw, hits)
         reached, kept = last_step(launch.run) or 0, newest_complete(launch.run)
         if code != 0:
@@ -381,6 +381,10 @@ class TrainerFault:
         )
         if self.codes and code not in self.codes:
             hits.problems.append(f"{launch.run.name}: exit code {code} after a fault at {moment:.1f} s")
+        if (
+            code == 0 and not self.restarts and before < (last_step(launch.run) or 0) - 1
+        ):  # nothing but the end was left
+            hits.problems.append(f"{launch.run.name}: asked to end at step {before}, it went on to its end")
         if code == PREEMPTED:
             hits.problems += [f"{launch.run.name}: {one}" for one in _status_problems(launch, kept)]
         return code
