@@ -69,6 +69,8 @@ if [ -n "$asked" ] && [ -z "${SLURM_JOB_ID:-}" ]; then
   echo "ended with exit code 75 before the run began" >&2
   exit 75
 fi
+# torchrun keeps one store for all starts: processes that it starts again would find the addresses of those before.
+[ "${MAX_RESTARTS:-0}" = 0 ] || export TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1
 "$python" -m cpt_mega.launch "${where[@]}" --max-restarts "${MAX_RESTARTS:-0}" --nproc-per-node "$nproc" \
   -m cpt_mega.train --config "$config" "$@" &
 child=$!
