@@ -21,7 +21,7 @@ import psutil
 from cpt_mega.errors import ExitCode
 from cpt_mega.loop.signals import ASKING
 
-PATIENCE_S = 5.0  # after a second SIGINT: a process that waits within a library for another one cannot obey
+PATIENCE_S = 3.0  # after a second SIGINT: a process that waits within a library for another one cannot obey
 _LOOK_S = 0.1
 
 
