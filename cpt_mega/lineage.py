@@ -6,9 +6,11 @@ written last. A folder without ``COMPLETE`` does not exist for any reader of thi
 
 import contextlib
 import errno
+import fcntl
 import hashlib
 import json
 import os
+import re
 import subprocess
 import tempfile
 import uuid
@@ -23,6 +25,7 @@ MANIFEST = "manifest.json"
 COMPLETE = "COMPLETE"
 _LONGEST_NAME = 255  # of a file, in all common file systems
 _DEEPEST_JSON = 64  # of values within values: nothing that is written here comes near
+_BUILDING = ".building-"
 
 
 def file_digest(path: str | os.PathLike) -> str:
@@ -125,7 +128,8 @@ def seal_folder(folder: str | os.PathLike, measured: Mapping[str, dict] | None =
         measured: sizes and digests when they were taken elsewhere (several ranks share the work).
     """
     folder = Path(folder)
-    write_json(folder / MANIFEST, {"files": dict(measured or measure_files(folder, folder_files(folder)))})
+    files = measured or measure_files(folder, folder_files(folder))
+    write_json(folder / MANIFEST, {"files": dict(sorted(files.items()))})  # measured in any order
     with open(folder / COMPLETE, "w") as stream:
         os.fsync(stream.fileno())
     flush_folder(folder)
@@ -184,6 +188,8 @@ def damaged_files(folder: str | os.PathLike, files: Mapping[str, dict]) -> list[
 def building_folder(target: str | os.PathLike) -> Iterator[Path]:
     """Yields a temporary folder beside ``target``; sealed and renamed to it on success, removed on any error.
 
+    What a process that was killed left of the same target is removed first.
+
     Raises CheckpointError when ``target`` exists and is not an empty folder: nothing is ever overwritten.
     """
     import shutil
@@ -192,8 +198,10 @@ def building_folder(target: str | os.PathLike) -> Iterator[Path]:
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
         raise CheckpointError("output", str(target), "already exists and is not empty; remove it or name another")
     target.parent.mkdir(parents=True, exist_ok=True)
-    building = Path(tempfile.mkdtemp(dir=target.parent, prefix=f".building-{target.name}-"))
+    _remove_left_over(target)
+    building = Path(tempfile.mkdtemp(dir=target.parent, prefix=f"{_BUILDING}{target.name}-"))
     os.chmod(building, 0o755)
+    held = _held(building)
     try:
         yield building
         if target.is_dir():
@@ -202,6 +210,36 @@ def building_folder(target: str | os.PathLike) -> Iterator[Path]:
     except BaseException:
         shutil.rmtree(building, ignore_errors=True)
         raise
+    finally:
+        if held is not None:
+            os.close(held)
+
+
+def _held(building: Path) -> int | None:
+    """A lock on a folder that ends with this process, as an open descriptor; None when another has it, or none can be had.
+
+    A file system that knows no such lock for folders (NFS) gives none to anybody: nothing is then taken for left over.
+    """
+    descriptor = None
+    try:
+        descriptor = os.open(building, os.O_RDONLY | os.O_DIRECTORY)
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        if descriptor is not None:
+            os.close(descriptor)
+        return None
+    return descriptor
+
+
+def _remove_left_over(target: Path) -> None:
+    import shutil
+
+    name = re.compile(re.escape(f"{_BUILDING}{target.name}-") + "[a-z0-9_]{8}")
+    for folder in [path for path in target.parent.iterdir() if name.fullmatch(path.name)]:
+        held = _held(folder)
+        if held is not None:
+            shutil.rmtree(folder, ignore_errors=True)
+            os.close(held)
 
 
 def new_run_id() -> str:

@@ -11,7 +11,8 @@ import sys
 from collections.abc import Sequence
 
 from cpt_mega.errors import ExitCode, InputError
-from cpt_mega.loop.entry import guarded, leave, say
+from cpt_mega.loop.entry import guarded, leave, restarts, say
+from cpt_mega.loop.signals import StopRequest
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -21,7 +22,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         from cpt_mega.config import load_config, resolved_yaml
 
         config = load_config(options.config, options.overrides)
-        if config.restore.is_new_run and int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")):
+        if config.restore.is_new_run and restarts():
             options.overrides.append("restore.mode=auto")  # torchrun starts the same command again after a fault
             config = load_config(options.config, options.overrides)
         if options.accept:
@@ -44,7 +45,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         others = [word for word in options.overrides if not word.startswith("restore.mode=")]
         options.overrides = [*others, "restore.mode=auto"]
     command = _same_command(config, options, int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
-    return guarded(lambda: _train(config, command), config.run.dir)
+    with StopRequest() as request:
+        return guarded(lambda: _train(config, command, request), config.run.dir)
 
 
 def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
@@ -71,14 +73,14 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     return parser.parse_intermixed_args(arguments)
 
 
-def _train(config, command: str) -> int:
+def _train(config, command: str, request: StopRequest) -> int:
     from cpt_mega.engine.fast_paths import apply_environment
 
     apply_environment(config.parallel, config.train.deterministic)  # before anything starts CUDA
     from cpt_mega.loop.run_folder import STATE_CODES
     from cpt_mega.loop.session import run_session
 
-    state, _ = run_session(config, command)
+    state, _ = run_session(config, command, request)
     return STATE_CODES[state]
 
 
@@ -101,12 +103,17 @@ def _dry_run(config, options: argparse.Namespace) -> int:
 
 def _ended_before_restart(config) -> int | None:
     """The code of a run that ended otherwise than by a fault, when torchrun restarts its workers all the same."""
-    if int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) == 0:
+    if not restarts():
         return None
-    from cpt_mega.loop.run_folder import read_status
+    import psutil
+
+    from cpt_mega.loop.run_folder import ended_since, read_status
 
     status = read_status(config.run.dir) or {}
-    return None if status.get("state") in (None, "running", "fault") else status.get("exit_code")
+    launched = psutil.Process(os.getppid()).create_time()  # what stands there from before is an earlier launch's end
+    if status.get("state") == "fault" or not ended_since(config.run.dir, launched):
+        return None
+    return status.get("exit_code")
 
 
 if __name__ == "__main__":

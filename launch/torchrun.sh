@@ -4,9 +4,10 @@
 # Usage: launch/torchrun.sh CONFIG [section.key=value ...] [--accept OPTION ...]
 # Several machines: the same command on each, with NNODES, RDZV_ENDPOINT=host:port (and RDZV_ID) set.
 # LOG_DIR: a folder that gets each process' output, by machine and process, beside the terminal.
+# MAX_RESTARTS: how often torchrun starts the processes again by itself when one was lost (default 0).
 set -uo pipefail
 if [ $# -lt 1 ] || [ "$1" = --help ] || [ "$1" = -h ]; then
-  sed -n '2,6s/^# //p' "$0"
+  sed -n '2,7s/^# //p' "$0"
   [ $# -ge 1 ] && exit 0
   exit 2
 fi
@@ -17,8 +18,23 @@ python=$root/.venv/bin/python
 config=$1
 shift
 
+# SIGTERM and Ctrl-C ask the trainer for a checkpoint and its end. The terminal's Ctrl-C reaches cpt_mega.launch by itself, which
+# counts it; SIGTERM may be this shell's alone. Slurm signals every process of a step, or this one alone: STOP is for all ranks.
+asked='' child=''
+ask() {
+  asked=1
+  [ -n "$child" ] || return 0
+  if [ -z "${SLURM_JOB_ID:-}" ]; then
+    kill -TERM "$child" 2>/dev/null
+    return
+  fi
+  [ -z "${LOG_DIR:-}" ] || touch "$LOG_DIR/asked"
+  [ -e "$run_dir/STOP" ] || echo "$SLURM_JOB_ID" >"$run_dir/STOP"
+}
+trap ask INT TERM
+
 # Validates the configuration in one short process, so that a wrong key is one line and not one a worker.
-plan=$("$python" -m cpt_mega.train --config "$config" --print-launch "$@") || exit $?
+plan=$(trap '' INT TERM && exec "$python" -m cpt_mega.train --config "$config" --print-launch "$@") || exit $?
 needs=${plan%% *} run_dir=${plan#* }
 nproc=${NPROC:-}
 if [ -z "$nproc" ]; then
@@ -46,35 +62,19 @@ if [ -z "${OMP_NUM_THREADS:-}" ]; then
   cores=$(nproc)
   export OMP_NUM_THREADS=$((cores / nproc > 0 ? cores / nproc : 1))
 fi
-# Slurm signals every process of a step, or this one alone: the trainer is asked by STOP, and torchrun must not kill it 30 s later.
-[ -z "${SLURM_JOB_ID:-}" ] || where+=(--signals-to-handle SIGINT,SIGHUP,SIGQUIT)
-asked() {
-  if [ -z "${SLURM_JOB_ID:-}" ]; then
-    kill -TERM "$child" 2>/dev/null
-    return
-  fi
-  [ -z "${LOG_DIR:-}" ] || touch "$LOG_DIR/asked"
-  [ -e "$run_dir/STOP" ] || echo "$SLURM_JOB_ID" >"$run_dir/STOP"
-}
-# A worker that ends otherwise than with 0 has said why; torchrun's own traceback would bury it.
-run='import os, signal, sys
-if os.environ.get("SLURM_JOB_ID"):
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
-from torch.distributed.elastic.multiprocessing.api import SignalException
-from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
-from torch.distributed.run import main
-try:
-    main(sys.argv[1:])
-except (ChildFailedError, SignalException):
-    sys.exit(1)'
 # torchrun answers 1 whatever a worker returns, so the workers leave their own code here.
 export CPT_MEGA_EXIT_CODE_FILE=$(mktemp)
 trap 'rm -f "$CPT_MEGA_EXIT_CODE_FILE"' EXIT
-# The terminal's Ctrl-C reaches torchrun and the trainer by itself; this shell only has to outlive them.
-trap : INT
-trap asked TERM
-"$python" -c "$run" "${where[@]}" --nproc-per-node "$nproc" -m cpt_mega.train --config "$config" "$@" &
+if [ -n "$asked" ] && [ -z "${SLURM_JOB_ID:-}" ]; then
+  echo "ended with exit code 75 before the run began" >&2
+  exit 75
+fi
+# torchrun keeps one store for all starts: processes that it starts again would find the addresses of those before.
+[ "${MAX_RESTARTS:-0}" = 0 ] || export TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1
+"$python" -m cpt_mega.launch "${where[@]}" --max-restarts "${MAX_RESTARTS:-0}" --nproc-per-node "$nproc" \
+  -m cpt_mega.train --config "$config" "$@" &
 child=$!
+[ -z "$asked" ] || ask
 wait "$child"
 code=$?
 while kill -0 "$child" 2>/dev/null; do
@@ -82,7 +82,11 @@ while kill -0 "$child" 2>/dev/null; do
   code=$?
 done
 [ "$code" = 0 ] && exit 0
-own=$(head -n 1 "$CPT_MEGA_EXIT_CODE_FILE")
+own=$(sort -s -k 1,1nr "$CPT_MEGA_EXIT_CODE_FILE" | head -n 1 | cut -d ' ' -f 2)
+case $code in
+  75) own=75 ;;                                      # by force, after a second Ctrl-C
+  130 | 143) [ -z "$asked" ] || own=${own:-75} ;; # before it could listen, so before the run began
+esac
 [ -z "${LOG_DIR:-}" ] || echo "${own:-70}" >"$LOG_DIR/exit_code"
 if [ "${own:-70}" = 2 ]; then
   echo "ended with exit code 2: the error above says what to mend" >&2

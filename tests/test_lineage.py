@@ -1,11 +1,15 @@
 """Seals, and the names that files give for others."""
 
 import json
+import os
+import signal
+import subprocess
+import sys
 
 import pytest
 
 from cpt_mega.errors import CheckpointError
-from cpt_mega.lineage import MANIFEST, is_inside, is_local_name, read_json, seal_folder, sealed_files
+from cpt_mega.lineage import MANIFEST, building_folder, is_inside, is_local_name, read_json, seal_folder, sealed_files
 
 
 @pytest.fixture
@@ -65,3 +69,20 @@ def test_json_nested_without_end_is_an_error_of_the_value(tmp_path):
     (tmp_path / "a.json").write_text("[" * 100_000)
     with pytest.raises(ValueError, match="nested"):
         read_json(tmp_path / "a.json")
+
+
+def test_what_a_killed_process_left_is_removed_and_what_is_being_made_is_not(tmp_path):
+    """Of the same target alone."""
+    script = "import os, sys; from cpt_mega.lineage import building_folder\n"
+    script += "with building_folder(sys.argv[1]): os.kill(os.getpid(), 9)"
+    for name in ("out", "out-other"):
+        done = subprocess.run(
+            [sys.executable, "-c", script, str(tmp_path / name)], env={**os.environ, "PYTHONPATH": "."}
+        )
+        assert done.returncode == -signal.SIGKILL
+    with building_folder(tmp_path / "out") as folder:
+        with pytest.raises(ZeroDivisionError), building_folder(tmp_path / "out"):
+            raise ZeroDivisionError
+        left = [path.name for path in tmp_path.iterdir() if path != folder]
+        assert folder.is_dir() and [name.startswith(".building-out-other-") for name in left] == [True]
+    assert (tmp_path / "out").is_dir()

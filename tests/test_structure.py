@@ -14,7 +14,7 @@ FLOORS = [
     {"engine"},
     {"checkpoint", "gates"},
     {"loop"},
-    {"train", "score"},
+    {"train", "score", "launch"},
 ]
 LEVEL = {room: level for level, rooms in enumerate(FLOORS) for room in rooms}
 FILES = sorted((ROOT / "cpt_mega").rglob("*.py"))

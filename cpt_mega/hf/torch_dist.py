@@ -65,6 +65,13 @@ class _BlockPlanner(DefaultSavePlanner):
         return self._make(self._blocks[write_item.index.fqn, tuple(write_item.index.offset)])
 
 
+class _Writer(FileSystemWriter):
+    """Without the folder's temporary name and the random number that torch adds: the same blocks are the same bytes."""
+
+    def storage_meta(self) -> None:
+        return None
+
+
 def write_blocks(
     folder: Path,
     blocks: Sequence[Block],
@@ -80,7 +87,7 @@ def write_blocks(
         written: called with each data file when it is complete.
     """
     # Copying ahead would keep several blocks at once and break the reuse of their memory: it is switched off.
-    writer = FileSystemWriter(folder, thread_count=1, per_thread_copy_ahead=0)
+    writer = _Writer(folder, thread_count=1, per_thread_copy_ahead=0)
     writer.set_up_storage_writer(True)
     planner = _BlockPlanner(blocks, make)
     plans = [SavePlan([_write_item(block, dtype) for block in batch]) for batch in _files_of(blocks, dtype.itemsize)]

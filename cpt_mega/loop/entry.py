@@ -2,6 +2,7 @@
 
 import contextlib
 import os
+import signal
 import sys
 import time
 import traceback
@@ -12,17 +13,21 @@ from cpt_mega.errors import CptMegaError, ExitCode, FaultError, FolderLost, Inpu
 from cpt_mega.loop.lease import LEASE
 from cpt_mega.loop.noise import quieten
 from cpt_mega.loop.run_folder import RunFolder, ended_since, opened_here, read_status
+from cpt_mega.loop.signals import ASKING
 
 _STARTED = time.time()
 _AFTER_MAIN_S = 0.5
+_interrupted = False
 
 
 def guarded(work: Callable[[], int], run_dir: str | None) -> int:
     """Runs; an error becomes one line (or a traceback for a fault), a status and an exit code."""
+    global _interrupted
     quieten()
     try:
         return work()
     except KeyboardInterrupt:
+        _interrupted = True
         return _record(run_dir, "preempted", "interrupted", ExitCode.PREEMPTED)
     except InputError as error:
         say(error)
@@ -74,13 +79,26 @@ def say(error: InputError) -> int:
 def leave(code: int) -> int:
     """Hands the exit code to the launcher, which cannot learn it from torchrun; returns it for ``sys.exit``.
 
-    The first process that ends otherwise than well decides: the others fail for want of it.
+    The first process that ends otherwise than well decides: the others fail for want of it. Where torchrun restarts them, the
+    last start decides. What comes now does not change how the run has ended, so signals are passed over; an interrupted
+    process waits for no thread of its own any more.
     """
+    for number in ASKING:
+        signal.signal(number, signal.SIG_IGN)
     handover = os.environ.get("CPT_MEGA_EXIT_CODE_FILE")
     if handover and code:
         with contextlib.suppress(OSError), open(handover, "a") as stream:
-            stream.write(f"{int(code)}\n")
+            stream.write(f"{restarts()} {int(code)}\n")
+    if _interrupted:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(int(code))
     return int(code)
+
+
+def restarts() -> int:
+    """How often torchrun has restarted the processes of this launch."""
+    return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"))
 
 
 def _who() -> str:

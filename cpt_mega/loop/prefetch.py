@@ -88,7 +88,10 @@ class Prefetcher:
         return self
 
     def __exit__(self, kind: type | None, error: BaseException | None, trace: object) -> None:
-        self._thread.shutdown(wait=True, cancel_futures=True)
+        at_once = kind is not None and issubclass(kind, KeyboardInterrupt)  # a row may never come
+        self._thread.shutdown(wait=not at_once, cancel_futures=True)
+        if at_once:
+            return
         left = None if self._ahead.cancelled() else self._ahead.exception()
         if left is not None and left is not error:  # nobody will look at it, and its frames would keep the engine
             left.with_traceback(None)

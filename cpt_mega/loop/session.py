@@ -50,19 +50,20 @@ from cpt_mega.loop.stragglers import Stragglers
 from cpt_mega.loop.trainer import Trainer
 
 
-def run_session(config: Config, command: str) -> tuple[str, str]:
+def run_session(config: Config, command: str, request: StopRequest | None = None) -> tuple[str, str]:
     """Runs one process of a run; returns ``(state, reason)`` as ``status.json`` names them.
 
     Args:
         config: the whole configuration.
         command: what starts this run again, for ``status.json``.
+        request: what signals have asked for since the process began; without it they count from here on.
 
     Raises InputError for anything the user can mend, FaultError for a run that cannot go on.
     """
     clock = StartUp()
     if config.train.deterministic:
         torch.use_deterministic_algorithms(True)
-    with StopRequest() as request:
+    with request or StopRequest() as request:
         mesh = start_mesh(config.parallel, config.train.seed, config.run.start_timeout_s)
         clock.mark("processes")
         try:

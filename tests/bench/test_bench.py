@@ -2,6 +2,7 @@
 
 import ast
 import importlib
+import json
 import subprocess
 import sys
 from pathlib import Path
@@ -89,6 +90,7 @@ def test_model_flops_by_hand(load):
         [sys.executable, "packing_plans.py"],
         [sys.executable, "packing_training.py"],
         [sys.executable, "stream.py"],
+        [sys.executable, "faults.py"],
         [sys.executable, "gpu/report.py"],
         [sys.executable, "gpu/section.py"],
         ["bash", "gpu/run.sh"],
@@ -99,6 +101,34 @@ def test_help(words):
     done = subprocess.run([words[0], str(BENCH / words[1]), "--help"], capture_output=True, text=True, timeout=60)
     assert done.returncode == 0, done.stderr
     assert "usage:" in done.stdout
+
+
+def test_the_campaign_of_faults_in_short(tmp_path):
+    """All killed inside a save, and one rank that torchrun replaces: the runs end as the one that nothing happened to."""
+    words = ["--injections", "1", "--tokens", "1500", "--folder", str(tmp_path / "site"), "--output", "found.json"]
+    faults = ["kill all in a save", "kill one rank, restarted by torchrun"]
+    command = [
+        sys.executable,
+        str(BENCH / "faults.py"),
+        *words,
+        *(word for name in faults for word in ("--only", name)),
+    ]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=500)
+    assert done.returncode == 0, done.stdout + done.stderr
+    found = {one["fault"]: one for one in json.loads((tmp_path / "found.json").read_text())["faults"]}
+    assert [found[name]["injections"] for name in faults] == [found[name]["survived"] for name in faults] == [1, 1]
+    assert [found[name]["codes"] for name in faults] == [{"-9": 1}, {"0": 1}]
+
+
+def test_a_run_that_lost_a_step_did_not_survive(load, tmp_path):
+    """What the campaign compares can fail."""
+    faults = load("faults")
+    for name, steps in (("reference", [1, 2]), ("run", [1])):
+        (tmp_path / name).mkdir()
+        lines = [{"kind": "train", "step": step, "loss": 1.0, "tokens": step} for step in steps]
+        (tmp_path / name / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    assert any("last one is 1" in problem for problem in faults.differences(tmp_path / "reference", tmp_path / "run"))
+    assert faults.byte_differences(tmp_path / "reference", tmp_path / "run") == ["metrics.jsonl differs"]
 
 
 def test_a_section_that_breaks_is_in_the_report(load, tmp_path):

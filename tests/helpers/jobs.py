@@ -8,8 +8,10 @@ import math
 import os
 import shutil
 import signal
+import sys
 import threading
 import time
+import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from dataclasses import replace
@@ -45,8 +47,9 @@ from cpt_mega.hf.locate import locate_checkpoint
 from cpt_mega.hf.model_info import read_model_info
 from cpt_mega.hf.shape import ModelShape
 from cpt_mega.hf.weights import ModelNames
-from cpt_mega.loop import hangs, lease
+from cpt_mega.loop import callbacks, hangs, lease
 from cpt_mega.loop.housekeeping import collected_together
+from cpt_mega.loop.prefetch import Prefetcher
 from cpt_mega.loop.run_folder import METRICS, read_lines
 from cpt_mega.loop.scoring import score_file
 from cpt_mega.loop.session import run_session
@@ -551,3 +554,77 @@ def train_with_a_reader_that_fails(config: str, overrides: list[str], rows: int)
 
     with _each_row_read(failing):
         train(config, overrides)
+
+
+def train_and_signal(config: str, overrides: list[str], moment: str) -> list:
+    """A run whose last process alone gets SIGTERM, once; ``[state, reason]``.
+
+    In its ``start-up``, in its first ``evaluation`` or ``last evaluation``, in its ``loader``, or within a slow ``save``.
+    """
+    me, sent = os.getpid(), itertools.count()
+
+    def send() -> None:
+        if dist.get_rank() == dist.get_world_size() - 1 and not next(sent):
+            os.kill(me, signal.SIGTERM)
+
+    measure, write, init, judge = callbacks.measure, EngineSave.write, Engine.__init__, callbacks.Evaluation._judge
+
+    def measuring(engine, sets):
+        if moment == "evaluation":
+            send()
+        return measure(engine, sets)
+
+    def judging(evaluation, trainer):
+        if moment == "last evaluation" and trainer.ends_here:
+            send()
+        judge(evaluation, trainer)
+
+    def writing(save):
+        if moment == "save":
+            send()
+            time.sleep(1)
+        return write(save)
+
+    def building(engine, *args, **options):
+        if moment == "start-up":
+            send()
+        init(engine, *args, **options)
+
+    callbacks.measure, EngineSave.write, Engine.__init__ = measuring, writing, building
+    callbacks.Evaluation._judge = judging
+    try:
+        with _each_row_read(lambda number: send() if moment == "loader" and number == 9 else None):
+            return train(config, overrides)
+    finally:
+        callbacks.measure, EngineSave.write, Engine.__init__ = measure, write, init
+        callbacks.Evaluation._judge = judge
+
+
+def interrupt_twice_in_the_loader(config: str, overrides: list[str]) -> list:
+    """``[exit code, seconds]`` of a run that waits for a row that does not come, from the first of two SIGINTs on."""
+    comes, begin = threading.Event(), []
+
+    def stuck(number):
+        if number == 9:
+            while not _is_in(threading.main_thread(), Prefetcher.next):
+                time.sleep(0.01)
+            time.sleep(0.1)
+            begin.append(time.monotonic())
+            for _ in range(2):
+                os.kill(os.getpid(), signal.SIGINT)
+                time.sleep(0.3)
+            comes.wait(60)
+
+    with _each_row_read(stuck):
+        code = main(["--config", config, *overrides])
+        took = time.monotonic() - begin[0]
+        comes.set()
+        for thread in threading.enumerate():  # the one that reads ahead still holds the engine
+            if thread.name.startswith("prefetch"):
+                thread.join()
+        return [code, took]
+
+
+def _is_in(thread: threading.Thread, function: Callable) -> bool:
+    frame = sys._current_frames()[thread.ident]
+    return any(found.f_code is function.__code__ for found, _ in traceback.walk_stack(frame))

@@ -284,6 +284,16 @@ def test_interruption_leaves_nothing(llama, tmp_path):
     assert not list(tmp_path.iterdir())
 
 
+def test_the_same_model_is_the_same_bytes(llama, tmp_path):
+    for convert, source in ((import_hf, "hf"), (export_hf, "ckpt")):
+        found = []
+        for name in ("a", "b"):
+            convert(llama / source, tmp_path / source / name)
+            files = [path for path in (tmp_path / source / name).rglob("*") if path.is_file()]
+            found.append({path.relative_to(tmp_path / source / name): path.read_bytes() for path in files})
+        assert found[0] == found[1]
+
+
 def test_progress_reaches_the_total(llama, tmp_path):
     for convert, source in ((import_hf, "hf"), (export_hf, "ckpt")):
         seen = []

@@ -3,12 +3,15 @@
 import os
 import signal
 import subprocess
+import sys
 import time
 from pathlib import Path
 
+import psutil
 import pytest
 
 from tests.helpers.jobsite import metrics, status
+from tests.helpers.slurm import until
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 LAUNCHER = ROOT / "launch" / "torchrun.sh"
@@ -68,6 +71,15 @@ def test_a_gate_stop_ends_with_80(jobsite, tmp_path):
     assert "general perplexity" in out and "exit code 80" in err and "Traceback" not in err
 
 
+def test_a_signal_before_the_configuration_is_read_begins_nothing(jobsite, tmp_path):
+    process = _start(jobsite, tmp_path / "run")
+    until(lambda: psutil.Process(process.pid).children())
+    process.send_signal(signal.SIGTERM)
+    code, _, err = _finish(process)
+    assert code == 75 and err == "ended with exit code 75 before the run began\n"
+    assert not (tmp_path / "run").exists()
+
+
 @pytest.mark.parametrize(
     "number",
     [pytest.param(signal.SIGTERM, id="SIGTERM"), pytest.param(signal.SIGINT, marks=pytest.mark.full, id="SIGINT")],
@@ -94,3 +106,15 @@ def test_a_signal_ends_with_75_and_the_same_command_goes_on(jobsite, tmp_path, n
     )
     assert again.returncode == 0 and status(run)["state"] == "finished"
     assert metrics(run, "train")[ended["step"]]["step"] == ended["step"] + 1
+
+
+@pytest.mark.parametrize(("changed", "code"), [("in this launch", 75), ("in an earlier one", 2)])
+def test_what_torchrun_starts_again_ends_as_this_launch_did(jobsite, tmp_path, changed, code):
+    """A run that was stopped stays so; one that was stopped some other day, and is lost now, goes on."""
+    (tmp_path / "status.json").write_text('{"state": "preempted", "exit_code": 75}')
+    if changed == "in an earlier one":
+        os.utime(tmp_path / "status.json", (1, 1))
+    words = ["--config", jobsite.config, f"run.dir={tmp_path}", "model.checkpoint=/nowhere"]  # going on, it is refused
+    environment = {**os.environ, "TORCHELASTIC_RESTART_COUNT": "1"}
+    done = subprocess.run([sys.executable, "-m", "cpt_mega.train", *words], cwd=ROOT, env=environment, timeout=120)
+    assert done.returncode == code
