@@ -59,7 +59,7 @@ class ForkedCall:
         """Waits; what the work returned, and why it failed: one of the two is None."""
         while self.is_running:
             time.sleep(0.01)
-        if self.stands_still:
+        if self.stands_still and not self._answers.poll():
             self.stop()
             return None, f"the process that wrote it did nothing for {STILL_S:.0f} s"
         try:
@@ -76,9 +76,10 @@ class ForkedCall:
         self._process.join()
 
     def _look(self) -> None:
-        self._looked = time.monotonic()
+        before, self._looked = self._looked, time.monotonic()
         done = _done_by(self._process.pid)
-        if done is None or done != self._done:
+        was_away = self._looked - before > 0.5 * STILL_S  # this process was halted, and the child perhaps too
+        if done is None or done != self._done or was_away:
             self._done, self._moved = done, self._looked
         self.stands_still = self._looked - self._moved > STILL_S
 

@@ -168,7 +168,7 @@ def _baseline_of_parent(config: Config, start: Start, lineage: dict) -> dict:
         return {}
     state = read_state(start.folder)
     before, now = state.lineage["eval"], lineage["eval"]
-    return {name: value for name, value in state.baseline.items() if name in now and not _differs(before, now, name)}
+    return {name: value for name, value in state.baseline.items() if before.get(name) == now.get(name, "")}
 
 
 def _compare_with_parent(config: Config, start: Start, contract: Contract) -> None:

@@ -210,7 +210,7 @@ class AnomalyOptions(Section):
         description="what is done about steps whose loss or gradient stands out: nothing, written down, the ladder; what is "
         "not finite never comes into the weights",
     )
-    window_steps: PositiveInt = Field(128, description="steps whose scatter a step is measured by")
+    window_steps: int = Field(128, ge=16, description="steps whose scatter a step is measured by")
     loss_z: float = Field(8.0, gt=0, description="robust z-score of the loss above which an update is refused")
     clip_z: float = Field(6.0, gt=0, description="that of the gradient norm above which it is scaled down to it")
     skip_z: float = Field(40.0, gt=0, description="that of the gradient norm above which an update is refused")

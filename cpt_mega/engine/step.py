@@ -1,7 +1,7 @@
 """The step: rows in, one optimizer update or one evaluation out, under core's own schedules at any layout.
 
-The one wait for the device in a step is where core has one too, for the gradient norm (in 0.16 it has another, where it counts
-tokens): the losses are reduced beside the backward pass and are there by then, so that an update is judged before it is made.
+A step waits for the device where core does too, for the gradient norm (in 0.16 also where it counts tokens), and once more for
+all ranks to agree on it: the losses are reduced meanwhile and are there by then, so that an update is judged before it is made.
 Batches lie in pinned memory, and what a step took is asked for when the next one is under way (``PendingStep``).
 """
 

@@ -11,7 +11,7 @@ the gradient is scaled down, the update refused, the learning rate lowered, the 
 import copy
 import math
 from collections.abc import Iterable, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, field, replace
 from statistics import median
 
 from cpt_mega.config.schema import AnomalyOptions
@@ -25,7 +25,8 @@ MOST_LOSS, MOST_NORM = 2.0, 50.0  # times the usual so far, and the most so far
 _TINY = 1e-30  # of which there is a logarithm
 _LEVEL_STEPS = 16  # whose median is the level
 _NORMAL = 1.4826  # a normal distribution's standard deviation, in median absolute deviations
-_LEAST_LOSS, _LEAST_NORM = 0.02, 0.1  # a deviation is not taken for smaller
+_LEAST_LOSS, _LEAST_NORM = 0.04, 0.1  # a deviation is not taken for smaller
+_FAR, _LEAST_ROW = 5.0, 0.05  # of a row from the others of its batch, in their deviations; these as a share of the loss
 # However much the loss scatters: a step this many times above the level is refused unless that is nothing unusual at all.
 _SPIKE, _UNUSUAL = 2.0, 5.0
 
@@ -40,9 +41,9 @@ class AnomalyState:
         alarms: steps of this episode whose update was refused.
         flagged: rows of these steps that are to blame, by source.
         lr_scale: what the schedule's learning rate is multiplied by.
-        calm_step: the step after which the rate is the schedule's own again, if no more is refused before.
+        calm_step: the step with which the rate is the schedule's own again, if no more is refused before.
         rollbacks: made so far.
-        target: the step that the last of them went back to.
+        target, ended: the step that the last of them went back to, and the one that it came from.
         skipped_tokens: consumed, but of refused updates.
     """
 
@@ -56,11 +57,12 @@ class AnomalyState:
     calm_step: Count | None = None
     rollbacks: Count = 0
     target: Count | None = None
+    ended: Count | None = None
     skipped_tokens: Count = 0
 
     def to_json(self) -> dict:
-        """Plain values; ``from_json`` gives the same state back."""
-        return asdict(self)
+        """Plain values; ``from_json`` gives the same state back. Lists are shared, since none is changed in place."""
+        return {**vars(self), "flagged": dict(self.flagged)}
 
     @classmethod
     def from_json(cls, values: dict) -> "AnomalyState":
@@ -101,7 +103,7 @@ def judge(state: AnomalyState, options: AnomalyOptions, expected: float, loss: f
     finding = (
         _early(state, expected, loss, norm) if len(state.loss_rises) < MIN_STEPS else _late(state, options, loss, norm)
     )
-    if finding.what != SKIP and not math.isfinite(norm):
+    if not (math.isfinite(norm) or (finding.what == SKIP and finding.by_loss)):
         return Finding(SKIP, f"gradient norm is {norm}", by_loss=False)
     return finding
 
@@ -155,41 +157,54 @@ def first_losses(baseline: dict[str, float], vocab_size: int) -> float:
     """The most that a first loss may be: twice the worst step-0 reading, or what a model that knows nothing would have.
 
     Args:
-        baseline: perplexity by bucket; may be empty.
+        baseline: perplexity by bucket. Without the bucket ``domain`` it says nothing of what will be trained on.
     """
     known = [math.log(value) for value in baseline.values() if value > 1 and math.isfinite(value)]
-    return MOST_LOSS * max(known) if known else 1.5 * math.log(vocab_size)
+    return MOST_LOSS * max(known) if known and "domain" in baseline else 1.5 * math.log(vocab_size)
 
 
 def blamed(rows: Sequence[tuple[float, float]], usual: float | None) -> list[int]:
-    """The rows of a refused batch that raised its loss, by their place in it; none where it was most of them.
+    """The rows of a batch whose loss stood out that are to blame, by their place in it; none where it was most of them.
 
     Args:
         rows: sum of losses (nats) and number of targets of each.
         usual: the loss of a usual batch, nats; None where nothing is known yet.
 
-    A row is blamed that is not finite, or that lies twice as far above the usual as the batch does: were all rows raised alike,
-    it would be the model that has changed, and no row could be blamed.
+    A row is blamed that is not finite, or that lies far above the others of its batch and at least as far as the batch does
+    above the usual: were all rows raised alike, it would be the model that has changed, and no row could be blamed.
     """
     means = {place: loss / targets for place, (loss, targets) in enumerate(rows) if targets}
     odd = [place for place, mean in means.items() if not math.isfinite(mean)]
-    if not odd:
-        usual = median(means.values()) if usual is None else usual
-        rise = sum(loss for loss, _ in rows) / sum(targets for _, targets in rows) - usual
-        odd = [place for place, mean in means.items() if rise > 0 and mean - usual >= 2 * rise]
+    if means and not odd:
+        middle = median(means.values())
+        scatter = max(_NORMAL * median(abs(mean - middle) for mean in means.values()), _LEAST_ROW * middle)
+        rise = sum(loss for loss, _ in rows) / sum(targets for _, targets in rows) - (
+            middle if usual is None else usual
+        )
+        odd = [place for place, mean in means.items() if mean - middle >= max(_FAR * scatter, rise)]
     return odd if 2 * len(odd) <= len(means) else []
 
 
 def accept(state: AnomalyState, options: AnomalyOptions, step: int, loss: float, norm: float) -> bool:
     """Takes the numbers of a step whose update is made; whether the learning rate is the schedule's own again with it."""
-    if state.losses:
-        state.loss_rises = [*state.loss_rises, _rise(state.losses, loss)][-options.window_steps :]
-        state.norm_rises = [*state.norm_rises, _rise(state.norms, norm)][-options.window_steps :]
-    state.losses, state.norms = [*state.losses, loss][-_LEVEL_STEPS:], [*state.norms, norm][-_LEVEL_STEPS:]
+    if norm > 0:  # a batch without targets says nothing
+        _observe(state, options, loss, norm)
     if state.calm_step is None or step < state.calm_step:
         return False
     state.lr_scale, state.calm_step, state.alarms, state.flagged = 1.0, None, [], {}
     return True
+
+
+def _observe(state: AnomalyState, options: AnomalyOptions, loss: float, norm: float) -> None:
+    if state.losses:
+        state.loss_rises = [*state.loss_rises, _rise(state.losses, loss)][-options.window_steps :]
+        state.norm_rises = [*state.norm_rises, _rise(state.norms, norm)][-options.window_steps :]
+    state.losses, state.norms = [*state.losses, loss][-_LEVEL_STEPS:], [*state.norms, norm][-_LEVEL_STEPS:]
+
+
+def expect_change(state: AnomalyState) -> None:
+    """The run itself changes what it is trained on: until its scatter is known anew, only factors guard the loss."""
+    state.loss_rises, state.norm_rises = [], []
 
 
 def alarm(state: AnomalyState, options: AnomalyOptions, step: int, flagged: Iterable[tuple[str, int]]) -> str:
@@ -198,6 +213,8 @@ def alarm(state: AnomalyState, options: AnomalyOptions, step: int, flagged: Iter
     if not recent:
         state.flagged = {}
     state.alarms = [*recent, step]
+    if state.calm_step is not None:
+        state.calm_step = step + options.cool_down_steps
     for source, row in flagged:
         state.flagged[source] = sorted({*state.flagged.get(source, ()), row})
     if len(state.alarms) >= options.roll_back_after:
@@ -209,10 +226,12 @@ def alarm(state: AnomalyState, options: AnomalyOptions, step: int, flagged: Iter
     return SKIP
 
 
-def rolled_back(state: AnomalyState, number: int, target: int, lr_scale: float, calm_step: int) -> AnomalyState:
+def rolled_back(
+    state: AnomalyState, number: int, target: int, ended: int, lr_scale: float, calm_step: int
+) -> AnomalyState:
     """A checkpoint's own state as it is after the so-manieth rollback: with its window, no alarms, and a lowered rate."""
-    taken = {"rollbacks": number, "target": target, "lr_scale": lr_scale, "calm_step": calm_step}
-    return replace(state, **taken, alarms=[], flagged={})
+    taken = {"rollbacks": number, "target": target, "ended": ended, "calm_step": calm_step}
+    return replace(state, **taken, lr_scale=min(state.lr_scale, lr_scale), alarms=[], flagged={})
 
 
 def rollback_target(state: AnomalyState, options: AnomalyOptions, steps: Iterable[int]) -> int | None:
@@ -222,6 +241,6 @@ def rollback_target(state: AnomalyState, options: AnomalyOptions, steps: Iterabl
     spoilt the run was in that checkpoint already.
     """
     first = state.alarms[0]
-    if state.target is not None and first <= state.target + options.cool_down_steps:
+    if state.target is not None and first <= state.ended + options.cool_down_steps:
         first = min(first, state.target)
     return max((step for step in steps if step < first), default=None)

@@ -6,6 +6,7 @@ from pathlib import Path
 from cpt_mega.checkpoint.retention import PERMANENT, PINNED, ROLLING, trim
 from cpt_mega.checkpoint.saving import CheckpointSave, remove_unfinished
 from cpt_mega.errors import FaultError, SaveStalled
+from cpt_mega.gates.anomaly import AnomalyState, rollback_target
 from cpt_mega.gates.looks import crossed, ends_stable_phase
 from cpt_mega.gates.selection import best_step, healthy_steps
 from cpt_mega.hf.locate import CHECKPOINTS, iteration_folders
@@ -152,9 +153,15 @@ class Checkpoints(NullCallback):
         history, options = trainer.state.gate_history, trainer.config.checkpoint
         there = complete_steps(self.folder.path)
         healthy = [step for step in healthy_steps(history) if step in there]
-        kept = {*healthy[-1:], best_step(history, there)} - {None}
+        kept = {*healthy[-1:], best_step(history, there), _to_go_back_to(trainer, there)} - {None}
         for name in trim(self.folder.path, newest, options.keep_rolling, options.keep_permanent, kept):
             self.console.print(f" removed {name}, a rolling or permanent one beyond those that stay", style="dim")
+
+
+def _to_go_back_to(trainer: Trainer, there: list[int]) -> int | None:
+    """The checkpoint that a rollback would take, as long as one may come."""
+    known = AnomalyState.from_json(trainer.state.anomaly)
+    return rollback_target(known, trainer.config.anomaly, there) if known.alarms else None
 
 
 def _check_corpora(trainer: Trainer) -> None:

@@ -60,7 +60,8 @@ def _anomaly(line: dict) -> str:
         until = f" until iteration {line['calm_step']}" if "calm_step" in line else ""
         return f"learning rate x {line['lr_scale']:g} of the schedule's{until}"
     words = {"skip": "update refused", "clip": f"gradient scaled down to {line.get('most_norm', 0):.4g}"}
-    rows = ", ".join(f"row {row['row']} of {row['source']}" for row in line.get("rows", [])[:MOST_ODD_ROWS])
+    to_blame = [row for row in line.get("rows", []) if row["blamed"]]
+    rows = ", ".join(f"row {row['row']} of {row['source']}" for row in to_blame[:MOST_ODD_ROWS])
     return f"{words.get(action, 'only logged')}: {line['why']}" + (f" | {rows}" if rows else "")
 
 

@@ -31,6 +31,7 @@ from cpt_mega.gates.anomaly import (
     accept,
     alarm,
     blamed,
+    expect_change,
     first_losses,
     judge,
     rollback_target,
@@ -74,10 +75,14 @@ class AnomalyGuard(NullCallback):
         """What the schedule's rate is multiplied by in the next step."""
         return self.known.lr_scale
 
-    @property
-    def refusal_is_a_fault(self) -> bool:
+    def refusal_is_a_fault(self, step: int) -> bool:
         """Whether a loss or gradient that is not finite ends the run."""
         return self.options.action != ACT
+
+    def expect_change(self) -> None:
+        """The run is about to train on another mixture."""
+        expect_change(self.known)
+        self.state.anomaly = self.known.to_json()
 
     def judge(self, trainer: Trainer, step: int, batch: DrawnBatch, row_losses: Tensor, norm: float) -> float | None:
         """The engine's judge of step ``step``."""
@@ -98,20 +103,24 @@ class AnomalyGuard(NullCallback):
 
     def on_boundary(self, trainer: Trainer, tokens: int) -> None:
         """Raises RollBack, on all ranks, when the ladder has come that far and there is a checkpoint to go back to."""
-        if not self._rolls_back:
+        if not self._rolls_back or trainer.outcome is not None:  # a run that ends here may go on, and go back, later
             return
         trainer.settle()
+        trainer.complete_what_was_begun()  # first, since a save that ends lets older ones go
         refused = f"{len(self.known.alarms)} updates were refused since step {self.known.alarms[0]}"
         target = trainer.engine.mesh.share(rollback_target(self.known, self.options, self._checkpoints()))
         if target is None or self.known.rollbacks >= self.options.most_rollbacks:
             why = "no checkpoint is older" if target is None else f"{self.known.rollbacks} rollbacks have been made"
-            advice = "look at the rows that the ledger names, lower optimizer.lr, or set anomaly.action=log"
-            trainer.stop("gate_stop", f"{refused}, and {why}: {advice}")
+            trainer.stop("gate_stop", f"{refused}, and {why}: {self._advice()}")
             return
-        trainer.complete_what_was_begun()
         self._decide_rollback(trainer, target, refused)
         rows = sum(map(len, self.known.flagged.values()))
         raise RollBack(f"{refused}: back to step {target}, without {rows} rows")
+
+    def _advice(self) -> str:
+        if not self.known.losses:
+            return "no update was made; where eval.sets are like data.sources look at the data, else set anomaly.action=log"
+        return "look at the rows that the ledger names, lower optimizer.lr, or set anomaly.action=log"
 
     def _finding(self, loss: float, norm: float) -> Finding:
         if self.options.action == OFF:
@@ -120,15 +129,17 @@ class AnomalyGuard(NullCallback):
 
     def _blamed(self, losses: list, finding: Finding) -> list[int]:
         """Places in the batch of the rows that a rollback will do without."""
-        if not finding.by_loss:
-            return list(range(len(losses)))
+        if not finding.by_loss:  # the gradient alone does not say whose it was
+            return []
         return blamed(losses, median(self.known.losses) if self.known.losses else None)
 
     def _refuse(
         self, trainer: Trainer, step: int, batch: DrawnBatch, row_losses: Tensor, places: list[int], line: dict
     ) -> None:
-        rows = [_described(trainer, batch.refs[place], *row_losses[place].tolist()) for place in places]
-        rung = alarm(self.known, self.options, step, [(row["source"], row["row"]) for row in rows])
+        rows = [_described(trainer, ref, *row_losses[place].tolist()) for place, ref in enumerate(batch.refs)]
+        for place, row in enumerate(rows):
+            row["blamed"] = place in places
+        rung = alarm(self.known, self.options, step, [(row["source"], row["row"]) for row in rows if row["blamed"]])
         self.known.skipped_tokens += batch.tokens
         self._rolls_back = rung == ROLL_BACK
         trainer.decide({**line, "tokens": batch.tokens, "rows": rows, "refused_of_late": len(self.known.alarms)})
@@ -156,8 +167,8 @@ class AnomalyGuard(NullCallback):
                 "tokens": self.state.tokens,
                 "to_step": target,
                 "exclude": exclude,
-                "lr_scale": self.options.lr_factor,
-                "calm_step": target + self.options.cool_down_steps,
+                "lr_scale": self.options.lr_factor ** (self.known.rollbacks + 1),
+                "calm_step": self.state.step + self.options.cool_down_steps,
                 "reason": reason,
             }
         )
@@ -187,9 +198,9 @@ class Decisions:
             kind = line.get("kind")
             if kind == _SESSION:
                 found._forget_after(line["step"])
+                found.lr_scales.append((line["step"], line.get("lr_scale", 1.0)))
             elif kind == rollback.KIND:
                 found._forget_after(line["to_step"])
-                found.lr_scales.append((line["to_step"], line["lr_scale"]))
                 found.excluded.setdefault(line["to_step"], {}).update(line["exclude"])
             elif kind == KIND:
                 found._take(line)
@@ -226,23 +237,26 @@ class ReplayedGuard(AnomalyGuard):
         lines = read_lines(ledger)
         try:
             self.decisions = Decisions.of(lines)
-        except (KeyError, TypeError) as error:
+        except (KeyError, TypeError, ValueError, AttributeError) as error:
             raise InputError(
                 "anomaly.replay", str(ledger), f"is no ledger ({error!r}); name a run's ledger.jsonl"
             ) from error
-        if not lines:
-            raise InputError("anomaly.replay", str(ledger), "holds no decision; name the ledger.jsonl of a run folder")
+        if not any(line.get("kind") == _SESSION for line in lines):
+            raise InputError("anomaly.replay", str(ledger), "is no run's ledger; name the ledger.jsonl of a run folder")
 
     @property
     def lr_scale(self) -> float:
         return self.decisions.lr_scale_after(self.state.step)
 
-    refusal_is_a_fault = False
+    def refusal_is_a_fault(self, step: int) -> bool:
+        """What is refused here and was not there is no replay of it."""
+        return step not in self.decisions.skipped
 
     def judge(self, trainer: Trainer, step: int, batch: DrawnBatch, row_losses: Tensor, norm: float) -> float | None:
         if step in self.decisions.skipped:
             self.known.skipped_tokens += batch.tokens
             self.state.anomaly = self.known.to_json()
+            trainer.decide({"kind": KIND, "action": SKIP, "step": step, "why": "replayed", "tokens": batch.tokens})
             return None
         return self.decisions.most_norms.get(step, math.inf)
 
@@ -255,7 +269,7 @@ class ReplayedGuard(AnomalyGuard):
     def _exclude(self, trainer: Trainer) -> None:
         rows = self.decisions.excluded.get(trainer.state.step)
         if rows:
-            trainer.exclude(rows)
+            trainer.exclude(rollback.applicable(trainer.stream, rows))
 
 
 def _line(step: int, action: str, finding: Finding, loss: float, norm: float) -> dict:

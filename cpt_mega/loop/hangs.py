@@ -62,6 +62,11 @@ class HangWatch(NullCallback):
             self._limit_s = limit_s
             self._arm()
 
+    def restart(self) -> None:
+        """What comes is a start again, and may take as long."""
+        self._limit_s = float(self._options.start_timeout_s)
+        self._arm()
+
     def _arm(self) -> None:
         """A step has ended: what was said of an earlier silence was only slow."""
         self._armed = time.monotonic()

@@ -5,12 +5,15 @@ saved since is set aside, the run goes on from the named checkpoint, without the
 run that is killed in between has rolled back all the same.
 """
 
+import itertools
 import os
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TypedDict
 
 from cpt_mega.checkpoint.store import set_tracker
 from cpt_mega.checkpoint.trainer_state import TrainerState, read_state
+from cpt_mega.data.stream import MixedStream
 from cpt_mega.errors import InputError
 from cpt_mega.gates.anomaly import AnomalyState
 from cpt_mega.hf.locate import CHECKPOINTS, iteration_folders
@@ -27,6 +30,7 @@ class Rollback(TypedDict):
 
     run_id: str
     number: Count
+    step: Count
     to_step: Count
     exclude: dict[str, list[Count]]
     lr_scale: float
@@ -49,18 +53,33 @@ def set_aside(run_dir: Path) -> list[str]:
     gone = [folder for folder in folders if _is_behind(folder, lines)]
     for folder in gone:
         number = lines[read_state(folder).run_id]["number"]
-        os.rename(folder, root / ASIDE.format(number=number, name=folder.name))
+        os.rename(folder, _free(root / ASIDE.format(number=number, name=folder.name)))
     left = [folder for folder in folders if folder not in gone]
-    if gone and left:
+    if left:
         set_tracker(root, int(left[0].name.removeprefix("iter_")))
     return [folder.name for folder in gone]
 
 
 def pending(run_dir: Path, state: TrainerState) -> dict | None:
-    """The rollback that ends at this very state of the run, and that the state does not know of yet."""
+    """The last rollback of a run that this state of it does not know of yet. Where the checkpoint that it named cannot be used
+    any more, the state is an older one."""
     line = _last_rollbacks(run_dir).get(state.run_id)
-    is_here = line is not None and line["to_step"] == state.step
-    return line if is_here and line["number"] > AnomalyState.from_json(state.anomaly).rollbacks else None
+    is_behind = line is not None and line["to_step"] >= state.step
+    return line if is_behind and line["number"] > AnomalyState.from_json(state.anomaly).rollbacks else None
+
+
+def applicable(stream: MixedStream, exclude: Mapping[str, Sequence[int]]) -> dict[str, list[int]]:
+    """What can be left out of a run's sources as they are today: of what is there, and never all of a source."""
+    plans = {source.name: source.plan.rows for source in stream.sources}
+    already = stream.state.excluded
+    found = {name: [row for row in rows if row < plans[name]] for name, rows in exclude.items() if name in plans}
+    return {name: rows for name, rows in found.items() if len({*rows, *already.get(name, ())}) < plans[name]}
+
+
+def _free(path: Path) -> Path:
+    """A name that nothing has yet."""
+    names = (path if not again else path.with_name(f"{path.name}.{again}") for again in itertools.count())
+    return next(name for name in names if not name.exists())
 
 
 def _is_behind(folder: Path, lines: dict[str, dict]) -> bool:

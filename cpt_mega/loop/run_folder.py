@@ -97,6 +97,8 @@ class RunFolder:
             (self.path / "config.yaml").write_text(config_yaml)
             write_json(self.path / "ranks.json", ranks)
             write_json(self.path / "sources.json", sources)
+            if self._metrics is not None:
+                self._metrics.close()
             drop_lines_after(self.path / METRICS, -1 if step is None else step)
             self._metrics = open(self.path / METRICS, "a", buffering=1)  # noqa: SIM115 (lives as long as the run)
 

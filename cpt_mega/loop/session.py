@@ -12,7 +12,8 @@ from pathlib import Path
 import torch
 from rich.console import Console
 
-from cpt_mega.checkpoint.restore import AUTO, Restore, apply_restore, find_start, plan_restore
+from cpt_mega.checkpoint.contract import ASKED, CLASSES
+from cpt_mega.checkpoint.restore import FULL, Restore, apply_restore, find_start, plan_restore
 from cpt_mega.checkpoint.saving import weights_name
 from cpt_mega.checkpoint.store import iteration_name
 from cpt_mega.checkpoint.trainer_state import TrainerState
@@ -81,11 +82,21 @@ def _run(config: Config, mesh: Mesh, request: StopRequest, command: str, clock: 
     try:
         with watch.watching():
             while (outcome := _until_rollback(config, mesh, folder, request, command, clock, watch)) is None:
-                config = config.model_copy(update={"restore": config.restore.model_copy(update={"mode": AUTO})})
+                config = _going_back(config)
+                mesh.set_timeout(config.run.start_timeout_s)  # it is a start once more
+                watch.restart()
                 gc.collect()  # engines are rings of references, and hold the device's memory
             return outcome
     finally:
         folder.close()
+
+
+def _going_back(config: Config) -> Config:
+    """For the start after a rollback: nothing but a checkpoint of the run will do, and what it has been going on with was
+    accepted since that one was made."""
+    accept = tuple(name for name, kind in CLASSES.items() if kind == ASKED)
+    restore = config.restore.model_copy(update={"mode": FULL, "accept": accept})
+    return config.model_copy(update={"restore": restore})
 
 
 def _until_rollback(config: Config, mesh: Mesh, folder: RunFolder, *rest) -> tuple[str, str] | None:
@@ -138,6 +149,7 @@ def _run_claimed(
     if mesh.is_main:
         _introduce(console, config, inputs, restore, mesh, engine.fast_paths(), clock)
         place = {"step": state.step, "tokens": state.tokens, "mode": start.mode, "from": str(start.folder)}
+        place["lr_scale"] = guard.lr_scale
         folder.decide({"kind": "restore", **place, "rows": restore.rows})
     if stream is not None:
         folder.decide(data_entry(config, inputs.sources, inputs.lineage["corpora"], state.step, stream.state.to_json()))
@@ -153,8 +165,8 @@ def _run_claimed(
     trainer.callbacks = [
         Logging(folder, reporters, console),
         Profiling(config.profile, folder.path, mesh.rank, console),
-        guard,
         Control(request, folder),
+        guard,
         watch,
         Housekeeping(),
         Stragglers(folder, console),
@@ -242,9 +254,10 @@ def _finish_rollback(folder: RunFolder, state: TrainerState, stream: MixedStream
     line = mesh.share(rollback.pending(folder.path, state) if mesh.is_main else None)
     if line is None or stream is None:
         return
-    stream.exclude(line["exclude"])
+    stream.exclude(rollback.applicable(stream, line["exclude"]))
     known = AnomalyState.from_json(state.anomaly)
-    state.anomaly = rolled_back(known, line["number"], line["to_step"], line["lr_scale"], line["calm_step"]).to_json()
+    taken = [line[name] for name in ("number", "to_step", "step", "lr_scale", "calm_step")]
+    state.anomaly = rolled_back(known, *taken).to_json()
 
 
 def _open_folder(folder: RunFolder, config: Config, inputs: Inputs, mesh: Mesh, step: int | None) -> None:

@@ -25,13 +25,13 @@ class Stragglers(NullCallback):
         self._wait: list[float] = []
 
     def on_report(self, trainer: Trainer, report: StepReport) -> None:
-        self._own.append(report.result.own_s)
-        self._wait.append(report.data_wait_s)
+        if self._is_on(trainer):
+            self._own.append(report.result.own_s)
+            self._wait.append(report.data_wait_s)
 
     def on_boundary(self, trainer: Trainer, tokens: int) -> None:
         """Gathers the means since the last time. A collective where it is due."""
-        interval = trainer.config.logging.rank_interval_steps
-        if interval is None or trainer.state.step % interval or trainer.engine.mesh.world == 1:
+        if not self._is_on(trainer) or trainer.state.step % trainer.config.logging.rank_interval_steps:
             return
         trainer.settle()
         mesh = trainer.engine.mesh
@@ -40,6 +40,9 @@ class Stragglers(NullCallback):
         found = mesh.gather((mesh.groups.pp.rank(), own, wait))
         if found is not None:
             self._tell(trainer.state.step, found)
+
+    def _is_on(self, trainer: Trainer) -> bool:
+        return trainer.config.logging.rank_interval_steps is not None and trainer.engine.mesh.world > 1
 
     def _tell(self, step: int, found: list[tuple[int, float, float]]) -> None:
         stages, own, wait = zip(*found, strict=True)

@@ -70,9 +70,11 @@ class Guard(Protocol):
     def lr_scale(self) -> float:
         """What the schedule's rate is multiplied by in the next step."""
 
-    @property
-    def refusal_is_a_fault(self) -> bool:
+    def refusal_is_a_fault(self, step: int) -> bool:
         """Whether an update that was not made ends the run."""
+
+    def expect_change(self) -> None:
+        """The run is about to train on another mixture."""
 
     def judge(
         self, trainer: "Trainer", step: int, batch: DrawnBatch, row_losses: Tensor, norm: float
@@ -160,7 +162,7 @@ class Trainer:
             return
         begin = time.perf_counter()
         result = launched.pending.wait()
-        if result.refused and self.guard.refusal_is_a_fault:
+        if result.refused and self.guard.refusal_is_a_fault(launched.step):
             self.complete_what_was_begun()
             raise FaultError(_not_finite(launched.step, result))
         report = StepReport(
@@ -188,6 +190,7 @@ class Trainer:
         nothing is changed then.
         """
         self.state.stream = self._batches.redraw(self.state.stream, lambda stream: stream.reweight(weights))
+        self.guard.expect_change()
         self.decide(
             {"kind": "weights", "step": self.state.step, "tokens": self.state.tokens, "weights": weights, **why}
         )
@@ -275,6 +278,7 @@ class Trainer:
             self.decide({"kind": "weights", "step": self.state.step, "by": "data.max_epochs", "dropped": name})
         if batch.dropped:
             self._record_data_state()
+            self.guard.expect_change()
         seconds = time.perf_counter() - begin
         trained = self.state.tokens - self.state.anomaly.get("skipped_tokens", 0)
         return _Launched(batch, pending, self.state.step, self.state.tokens, trained, waited, seconds)

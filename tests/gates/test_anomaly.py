@@ -19,6 +19,7 @@ from cpt_mega.gates.anomaly import (
     accept,
     alarm,
     blamed,
+    expect_change,
     first_losses,
     judge,
     rollback_target,
@@ -55,6 +56,27 @@ def test_a_loss_three_times_the_usual_is_refused_from_the_first_step_on(steps):
     usual = healthy(500)[max(0, steps - 1)][0]
     finding = judge(after(steps), OPTIONS, EXPECTED, 3 * usual, 0.5)
     assert finding.what == SKIP and finding.why.startswith("loss ")
+
+
+def test_other_readings_than_of_the_domain_say_nothing_of_the_first_losses():
+    assert first_losses({"general": 2.0}, 1000) == first_losses({}, 1000) > first_losses({"domain": 2.0}, 1000)
+
+
+def test_a_change_of_level_of_a_quarter_is_no_anomaly_and_one_that_the_run_makes_itself_may_be_more():
+    state = AnomalyState()
+    for step in range(1, 200):
+        accept(state, OPTIONS, step, 2.0 + 0.001 * (step % 7), 0.5)
+    assert judge(state, OPTIONS, EXPECTED, 2.5, 0.5).what == NONE
+    assert judge(state, OPTIONS, EXPECTED, 3.5, 0.5).what == SKIP
+    expect_change(state)
+    assert judge(state, OPTIONS, EXPECTED, 3.5, 0.5).what == NONE
+    assert judge(state, OPTIONS, EXPECTED, 6.0, 0.5).what == SKIP
+
+
+def test_batches_without_targets_are_not_taken_for_the_usual():
+    state = AnomalyState()
+    accept(state, OPTIONS, 1, 0.0, 0.0)
+    assert judge(state, OPTIONS, EXPECTED, 2.5, 0.5).what == NONE and state.norms == []
 
 
 def test_a_model_that_was_not_evaluated_may_not_be_worse_than_one_that_knows_nothing():
@@ -95,6 +117,11 @@ def test_rows_are_blamed_only_where_they_stand_out_among_others():
         assert blamed([*usual, (math.nan, 30.0)], known) == [7]
         assert blamed([(300.0, 30.0), (400.0, 30.0), *usual, (0.0, 0.0)], known) == [0, 1]
     assert blamed([(300.0 + row, 30.0) for row in range(8)], 2.0) == []  # the model
+    draw = random.Random(1)
+    for shift in (0.4, 1.0, 4.0):  # all alike, but for what rows differ by anyway
+        for _ in range(100):
+            assert len(blamed([(30 * (2 + shift + draw.gauss(0, 0.4)), 30.0) for _ in range(64)], 2.0)) <= 1
+    assert blamed([(math.nan, 0.0)] * 3, 2.0) == []
     assert blamed([(math.nan, 30.0)] * 8, 2.0) == []
     assert blamed(usual, 2.0) == []
 
@@ -104,8 +131,10 @@ def test_the_ladder_is_climbed_step_by_step_and_left_after_the_cool_down():
     rungs = [alarm(state, options, step, [("a", step)]) for step in range(51, 57)]
     assert rungs == [SKIP, SKIP, LOWER, LOWER, LOWER, ROLL_BACK]
     assert state.alarms == list(range(51, 57)) and state.flagged == {"a": list(range(51, 57))}
-    assert state.lr_scale == 0.125 and state.calm_step == 55 + options.cool_down_steps
+    assert state.lr_scale == 0.125 and state.calm_step == 56 + options.cool_down_steps
     assert not accept(state, options, state.calm_step - 1, 2.0, 0.5) and state.lr_scale == 0.125
+    before = state.calm_step
+    assert alarm(state, options, before - 1, []) == SKIP and state.calm_step == before - 1 + options.cool_down_steps
     assert accept(state, options, state.calm_step, 2.0, 0.5)
     assert (state.lr_scale, state.calm_step, state.alarms, state.flagged) == (1.0, None, [], {})
 
@@ -120,11 +149,13 @@ def test_a_rollback_goes_behind_the_episode_and_further_when_that_did_not_help()
     state = AnomalyState(alarms=[210, 211])
     assert rollback_target(state, OPTIONS, [50, 100, 200, 211, 300]) == 200
     assert rollback_target(state, OPTIONS, [210, 300]) is None
-    again = rolled_back(state, 1, 200, 0.5, 300)
-    assert (again.rollbacks, again.alarms, again.lr_scale, again.calm_step) == (1, [], 0.5, 300)
-    again.alarms = [201]
-    assert rollback_target(again, OPTIONS, [50, 100, 200]) == 100
-    again.alarms = [200 + OPTIONS.cool_down_steps + 1]
+    again = rolled_back(state, 1, 200, 215, 0.5, 315)
+    assert (again.rollbacks, again.alarms, again.lr_scale, again.calm_step) == (1, [], 0.5, 315)
+    assert rolled_back(AnomalyState(lr_scale=0.25), 1, 200, 215, 0.5, 315).lr_scale == 0.25
+    for first in (201, 210, 215 + OPTIONS.cool_down_steps):  # where it came from, too, however far that is from there
+        again.alarms = [first]
+        assert rollback_target(again, OPTIONS, [50, 100, 200]) == 100
+    again.alarms = [215 + OPTIONS.cool_down_steps + 1]
     assert rollback_target(again, OPTIONS, [50, 100, 200]) == 200
 
 
