@@ -1,10 +1,14 @@
 """Fixtures that every room's tests share."""
 
 import pytest
+from hypothesis import settings
 
 from tests.helpers.jobsite import Jobsite, make_jobsite
 from tests.helpers.matrix import Matrix, write_table
 from tests.helpers.workers import Workers
+
+settings.register_profile("suite", deadline=None)  # an example that took long on a busy machine is no failure
+settings.load_profile("suite")
 
 
 @pytest.fixture(scope="session")

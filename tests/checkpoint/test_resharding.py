@@ -30,10 +30,10 @@ KINDS = {
 QUICK = [
     ("tp2_sp", "dp2", "bf16"),
     ("dp2", "tp2_sp", "bf16_odd_buckets"),
-    ("pp2_vpp2", "one", "fp32"),
     ("dp2", "pp2", "bf16_replicated"),
 ]
 LONG = [
+    ("pp2_vpp2", "one", "fp32"),
     *(("tp2_sp", to, "bf16") for to in ("one", "pp2", "pp2_vpp2")),
     *(("tp2_sp", "dp2", kind) for kind in ("fp32", "fp32_replicated")),
     ("pp2_vpp2", "tp2_sp", "fp32"),

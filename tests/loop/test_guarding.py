@@ -115,6 +115,16 @@ def test_what_is_only_logged_changes_nothing_and_what_is_not_finite_ends_the_run
         spoiled(workers, jobsite, tmp_path / "b", "nan", [5], "anomaly.action=log", world=1)
 
 
+def test_what_a_replayed_ledger_does_not_have_is_a_fault_and_what_is_no_ledger_is_refused(workers, jobsite, tmp_path):
+    spoiled(workers, jobsite, tmp_path / "a", "nan", [3], *FEW, world=1)
+    told = f"anomaly.replay={tmp_path / 'a' / 'ledger.jsonl'}"
+    with pytest.raises(JobFailed, match="gradient norm is inf at step 5"):
+        spoiled(workers, jobsite, tmp_path / "b", "nan", [3, 5], *FEW, told, world=1)
+    for path in (tmp_path / "a" / "metrics.jsonl", tmp_path / "none", tmp_path):
+        with pytest.raises(JobFailed, match="anomaly.replay = .* is no run's ledger"):
+            spoiled(workers, jobsite, tmp_path / "c", "nan", [3], *FEW, f"anomaly.replay={path}", world=1)
+
+
 @pytest.fixture(scope="module")
 def poisoned(tmp_path_factory):
     """Words for a run on corpora that count upwards, which is soon learnt, and whose later part is noise."""
@@ -160,28 +170,46 @@ def test_a_poisoned_run_goes_back_leaves_out_what_poisoned_it_and_can_be_told_ag
     same(tmp_path / "a", tmp_path / "b")
 
 
-def test_a_rollback_that_a_kill_came_between_is_finished_by_the_next_start(workers, jobsite, tmp_path):
-    """All that there is of it is its line in the ledger."""
+def test_a_save_under_way_takes_no_checkpoint_away_that_a_rollback_needs(workers, jobsite, tmp_path):
+    """One rolling checkpoint stays, and those of the episode are newer."""
+    words = ["checkpoint.rolling_interval_tokens=800", "checkpoint.keep_rolling=1", "train.tokens=5000", "eval.sets=[]"]
+    state, lines, decided = spoiled(workers, jobsite, tmp_path, "nan", list(range(8, 14)), *words, world=1)
+    (back,) = ledger(tmp_path, "rollback")
+    assert state == "finished" and back["to_step"] == 7 and back["exclude"] == {}
+    assert [line["step"] for line in lines] == list(range(1, len(lines) + 1))
+    sessions = ledger(tmp_path, "restore")
+    assert [line["step"] for line in sessions] == [0, 7] and status(tmp_path)["run_id"] == back["run_id"]
+
+
+@pytest.mark.parametrize("target_is", ["whole", "damaged"])
+def test_a_rollback_that_a_kill_came_between_is_finished_by_the_next_start(workers, jobsite, tmp_path, target_is):
+    """All that there is of it is its line in the ledger. Where its checkpoint is damaged, it goes further back."""
     words = [f"run.dir={tmp_path}", *STEPS, "train.tokens=3000", "checkpoint.interval_tokens=1000"]
     workers(1).run("train", config=jobsite.config, overrides=words)
     before = metrics(tmp_path, "train")
-    target = next(line["step"] for line in before if line["tokens"] >= 1000)
+    first, target = (next(line["step"] for line in before if line["tokens"] >= tokens) for tokens in (1000, 2000))
+    start = target if target_is == "whole" else first
     drawn = {row for step in range(target + 1, target + 3) for row in rows_of(tmp_path, step)}
     line = {"kind": "rollback", "run_id": status(tmp_path)["run_id"], "number": 1, "step": before[-1]["step"]}
     exclude = {source: [row for name, row in drawn if name == source] for source in {name for name, _ in drawn}}
+    exclude |= {"gone": [1], "replay": list(range(10_000))}  # of a source that is left out today, and all of one
+    drawn = {(name, row) for name, row in drawn if name != "replay"}
     more = {"to_step": target, "exclude": exclude, "lr_scale": 0.5, "calm_step": target + 3}
     with open(tmp_path / "ledger.jsonl", "a") as stream:
         stream.write(json.dumps({**line, **more}) + "\n")
+    if target_is == "damaged":
+        file = tmp_path / "checkpoints" / f"iter_{target:07d}" / "__0_0.distcp"
+        file.write_bytes(file.read_bytes()[:-1])
     assert workers(1).run("train", config=jobsite.config, overrides=words)[0][0] == "finished"
     lines, kept = metrics(tmp_path, "train"), sorted(path.name for path in (tmp_path / "checkpoints").iterdir())
-    assert [name.startswith(".rolled_back_1-iter_") for name in kept].count(True) == 2
-    assert lines[:target] == before[:target]
-    assert [line["lr"] for line in lines[target : target + 4]] == [5e-4, 5e-4, 5e-4, 1e-3]
-    assert not drawn & {row for step in range(target + 1, len(lines) + 1) for row in rows_of(tmp_path, step)}
+    assert any(name.startswith(".rolled_back_1-iter_") for name in kept)
+    assert lines[:start] == before[:start]
+    lowered = [line["step"] for line in lines if line["lr"] == 5e-4]
+    assert lowered == list(range(start + 1, target + 4)) and lines[-1]["lr"] == 1e-3
+    assert not drawn & {row for step in range(start + 1, len(lines) + 1) for row in rows_of(tmp_path, step)}
     assert lines[-1]["tokens"] >= 3000
-    again = metrics(tmp_path, "train")
     workers(1).run("train", config=jobsite.config, overrides=words)  # and only once
-    assert metrics(tmp_path, "train") == again
+    assert metrics(tmp_path, "train") == lines
 
 
 def rows_of(run, step) -> list[tuple[str, int]]:

@@ -5,7 +5,7 @@ import pytest
 from cpt_mega.loop.comparison import compare_runs
 from tests.helpers.jobsite import metrics, status
 
-WORDS = ["parallel.tp=2", "parallel.sp=true", "checkpoint.interval_tokens=400", "eval.interval_tokens=500"]
+WORDS = ["checkpoint.interval_tokens=400", "eval.interval_tokens=500"]
 
 
 @pytest.fixture(scope="module")
