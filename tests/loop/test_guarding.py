@@ -25,7 +25,7 @@ LAYOUTS = {
     "dp2_replicated_optimizer": (2, ["train.distributed_optimizer=false"]),
 }
 MARKS = {
-    "tp2_sp-nan": [],
+    "pp2_vpp2-nan": [],
     "dp2-bit": [pytest.mark.versions],
     "dp2_replicated_optimizer-nan": [],
 }  # the others take long
@@ -181,7 +181,7 @@ def test_a_save_under_way_takes_no_checkpoint_away_that_a_rollback_needs(workers
     assert [line["step"] for line in sessions] == [0, 7] and status(tmp_path)["run_id"] == back["run_id"]
 
 
-@pytest.mark.parametrize("target_is", ["whole", "damaged"])
+@pytest.mark.parametrize("target_is", [pytest.param("whole", marks=pytest.mark.full), "damaged"])
 def test_a_rollback_that_a_kill_came_between_is_finished_by_the_next_start(workers, jobsite, tmp_path, target_is):
     """All that there is of it is its line in the ledger. Where its checkpoint is damaged, it goes further back."""
     words = [f"run.dir={tmp_path}", *STEPS, "train.tokens=3000", "checkpoint.interval_tokens=1000"]
