@@ -60,7 +60,7 @@ def test_step_zero_perplexity_is_transformers(workers, jobsite, tmp_path, layout
         assert readings[bucket]["step"] == 0
 
 
-@pytest.mark.parametrize("layout", ["one", "tp2_sp"])
+@pytest.mark.parametrize("layout", ["one", pytest.param("tp2_sp", marks=pytest.mark.full)])
 def test_a_general_perplexity_above_its_limit_stops_the_run(workers, jobsite, tmp_path, layout):
     world, overrides = LAYOUTS[layout]
     only_domain = f"data.sources=[{{name: domain, path: {jobsite.folder}/domain, role: domain}}]"
