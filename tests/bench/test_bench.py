@@ -103,6 +103,7 @@ def test_help(words):
     assert "usage:" in done.stdout
 
 
+@pytest.mark.full
 def test_the_campaign_of_faults_in_short(tmp_path):
     """All killed inside a save: the run ends as the one that nothing happened to."""
     words = ["--injections", "1", "--tokens", "1500", "--folder", str(tmp_path / "site"), "--output", "found.json"]

@@ -214,7 +214,7 @@ def test_a_curriculum_is_followed_within_one_row_at_every_point(sources, steps):
         tokens = stream.row_tokens(ref)
         taken[ref.source_index], total = taken[ref.source_index] + tokens, total + tokens
         for index in range(len(sources)):
-            assert abs(taken[index] - mixture.entitled(index, 0, total)) < S
+            assert abs(taken[index] - mixture.entitled(index, 0, total)) <= S + 1e-6  # a whole row where shares jump
 
 
 @given(CURRICULA, st.integers(0, 100))

@@ -48,6 +48,7 @@ def test_a_wrong_key_ends_with_2_and_one_line(jobsite, tmp_path):
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.full
 def test_what_only_the_model_can_refuse_ends_with_2(jobsite, tmp_path):
     code, _, err = _finish(_start(jobsite, tmp_path / "run", "parallel.tp=4"))
     assert code == 2

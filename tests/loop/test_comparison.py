@@ -110,6 +110,7 @@ def test_another_rate_parts_metrics_and_weights_where_it_was_changed(site):
     assert f"weights: checkpoints after the first that differs: steps {later}" in found.not_compared
 
 
+@pytest.mark.full
 def test_layouts_agree_within_a_tolerance_and_no_further(site):
     through, tp2 = site("through"), site("tp2", "parallel.tp=2", "parallel.sp=true", world=2)
     found = compare_runs(through, tp2, 1e-3)

@@ -106,7 +106,7 @@ def test_the_end_of_the_data_is_judged_as_the_end_of_the_budget_is(workers, jobs
     assert [line["step"] for line in ledger(tmp_path / "often", "verdict")] == list(range(1, last + 1))
 
 
-@pytest.mark.parametrize("world", [1, 2])
+@pytest.mark.parametrize("world", [1, pytest.param(2, marks=pytest.mark.full)])
 def test_weights_follow_the_losses_and_a_stopped_run_goes_on_bit_for_bit(
     workers, jobsite, tmp_path, two_domains, world
 ):

@@ -50,7 +50,10 @@ def _interrupted(workers, jobsite, run, world, overrides) -> None:
 # Under every megatron-core: saving and loading is where its versions differ most.
 VERSIONS = ("one_bf16", "tp2_sp_dropout", "pp2_vpp2")
 # What the quick ones, which have more switched on, have in them as well.
-LONG = ("one", "one_dropout", "dp2", "tp2_sp", "tp2_sp_bf16", "pp2", "dp2_bf16_replicated_optimizer")
+LONG = (
+    "one", "one_dropout", "dp2", "tp2_sp", "tp2_sp_bf16", "pp2", "cp2", "dp2_bf16", "dp2_replicated_optimizer",
+    "dp2_bf16_replicated_optimizer",
+)  # fmt: skip
 
 
 def _marks(layout: str) -> list:
@@ -88,6 +91,7 @@ def _same_checkpoint(a, b) -> None:
     assert states[0]["stream"]["sources"]["domain"]["rows_taken"] > 0 and states[0]["anomaly"]["losses"]
 
 
+@pytest.mark.full
 def test_state_saved_at_one_layout_goes_on_at_others(workers, jobsite, tmp_path):
     """Weights and moments are the same bits; the next losses agree to rounding."""
     start = tmp_path / "start"
@@ -113,7 +117,7 @@ def test_state_saved_at_one_layout_goes_on_at_others(workers, jobsite, tmp_path)
 
 
 def test_evaluation_changes_nothing_of_the_training(workers, jobsite, tmp_path):
-    words = ["train.dropout=0.1", "parallel.tp=2"]
+    words = ["train.dropout=0.1"]
     _run(workers, jobsite, tmp_path / "often", 2, [*words, "eval.interval_tokens=200"])
     _run(workers, jobsite, tmp_path / "never", 2, [*words, "eval.sets=[]"])
     often, never = (metrics(tmp_path / name, "train") for name in ("often", "never"))
