@@ -52,7 +52,7 @@ _SESSION = "restore"  # the kind of the line that each start writes
 def make_guard(config: Config, state: TrainerState, vocab_size: int) -> "AnomalyGuard":
     """The guard that a configuration asks for. Raises InputError for a ledger that cannot be replayed."""
     if config.anomaly.replay is None:
-        return AnomalyGuard(config.anomaly, state, vocab_size, Path(config.run.dir))
+        return AnomalyGuard(config.anomaly, state, vocab_size, Path(config.run.dir), config.optimizer.clip_norm)
     return ReplayedGuard(config.anomaly, state, Path(config.anomaly.replay))
 
 
@@ -63,10 +63,14 @@ class AnomalyGuard(NullCallback):
         state: the run's, restored or new.
         vocab_size: of the model.
         run_dir: the run folder.
+        clip_norm: what every gradient is scaled down to anyway; 0 for none.
     """
 
-    def __init__(self, options: AnomalyOptions, state: TrainerState, vocab_size: int, run_dir: Path):
+    def __init__(
+        self, options: AnomalyOptions, state: TrainerState, vocab_size: int, run_dir: Path, clip_norm: float = 0.0
+    ):
         self.options, self.state, self.vocab_size, self.run_dir = options, state, vocab_size, run_dir
+        self.clip_norm = clip_norm
         self.known = AnomalyState.from_json(state.anomaly)
         self._rolls_back = False
 
@@ -125,7 +129,10 @@ class AnomalyGuard(NullCallback):
     def _finding(self, loss: float, norm: float) -> Finding:
         if self.options.action == OFF:
             return Finding() if math.isfinite(loss) and math.isfinite(norm) else Finding(SKIP)
-        return judge(self.known, self.options, first_losses(self.state.baseline, self.vocab_size), loss, norm)
+        expected = first_losses(self.state.baseline, self.vocab_size)
+        finding = judge(self.known, self.options, expected, loss, norm)
+        is_idle = finding.what == CLIP and 0 < self.clip_norm <= finding.most_norm
+        return Finding() if is_idle else finding
 
     def _blamed(self, losses: list, finding: Finding) -> list[int]:
         """Places in the batch of the rows that a rollback will do without."""
