@@ -248,8 +248,9 @@ def _anomaly_window(state: TrainerState, contract: Contract) -> None:
         return
     known = state.anomaly
     words = f"{len(known['loss_rises'])} steps, {len(known['alarms'])} refused of late, {known['rollbacks']} rollbacks"
-    scale = f", learning rate x {known['lr_scale']:g} until step {known['calm_step']}" if known["calm_step"] else ""
-    contract.add("anomaly window", "restored", words + scale)
+    if known["lr_scale"] != 1:
+        words += f", learning rate x {known['lr_scale']:g} until step {known['calm_step']}"
+    contract.add("anomaly window", "restored", words)
 
 
 def _fp8_note(config: Config) -> str:

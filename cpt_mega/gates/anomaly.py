@@ -41,7 +41,7 @@ class AnomalyState:
         alarms: steps of this episode whose update was refused.
         flagged: rows of these steps that are to blame, by source.
         lr_scale: what the schedule's learning rate is multiplied by.
-        calm_step: the step with which the rate is the schedule's own again, if no more is refused before.
+        calm_step: the step with which the episode ends and the rate is the schedule's own again, if no more is refused before.
         rollbacks: made so far.
         target, ended: the step that the last of them went back to, and the one that it came from.
         skipped_tokens: consumed, but of refused updates.
@@ -191,8 +191,9 @@ def accept(state: AnomalyState, options: AnomalyOptions, step: int, loss: float,
         _observe(state, options, loss, norm)
     if state.calm_step is None or step < state.calm_step:
         return False
+    was_lowered = state.lr_scale != 1.0
     state.lr_scale, state.calm_step, state.alarms, state.flagged = 1.0, None, [], {}
-    return True
+    return was_lowered
 
 
 def _observe(state: AnomalyState, options: AnomalyOptions, loss: float, norm: float) -> None:
@@ -212,16 +213,13 @@ def alarm(state: AnomalyState, options: AnomalyOptions, step: int, flagged: Iter
     recent = [earlier for earlier in state.alarms if earlier > step - options.cool_down_steps]
     if not recent:
         state.flagged = {}
-    state.alarms = [*recent, step]
-    if state.calm_step is not None:
-        state.calm_step = step + options.cool_down_steps
+    state.alarms, state.calm_step = [*recent, step], step + options.cool_down_steps
     for source, row in flagged:
         state.flagged[source] = sorted({*state.flagged.get(source, ()), row})
     if len(state.alarms) >= options.roll_back_after:
         return ROLL_BACK
     if len(state.alarms) >= options.lower_lr_after:
         state.lr_scale *= options.lr_factor
-        state.calm_step = step + options.cool_down_steps
         return LOWER
     return SKIP
 

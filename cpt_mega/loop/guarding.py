@@ -46,7 +46,7 @@ from cpt_mega.loop.trainer import Trainer
 KIND = "anomaly"  # of its lines in the ledger
 ACT, LOG, OFF = "act", "log", "off"
 RESTORE_LR = "restore_lr"
-_SESSION = "restore"  # the kind of the line that each start writes
+_SESSION = "restore"  # the kind of the line that each start writes, also that after a rollback
 
 
 def make_guard(config: Config, state: TrainerState, vocab_size: int) -> "AnomalyGuard":
@@ -199,16 +199,14 @@ class Decisions:
 
     @classmethod
     def of(cls, lines: Iterable[dict]) -> "Decisions":
-        """From a ledger's lines. What a later start or a rollback went behind is not the run's any more."""
+        """From a ledger's lines. What a later start went behind, by a rollback or without, is not the run's any more."""
         found = cls()
         for line in lines:
             kind = line.get("kind")
             if kind == _SESSION:
                 found._forget_after(line["step"])
                 found.lr_scales.append((line["step"], line.get("lr_scale", 1.0)))
-            elif kind == rollback.KIND:
-                found._forget_after(line["to_step"])
-                found.excluded.setdefault(line["to_step"], {}).update(line["exclude"])
+                found.excluded.setdefault(line["step"], {}).update(line.get("exclude", {}))
             elif kind == KIND:
                 found._take(line)
         return found

@@ -4,7 +4,7 @@ import gc
 import os
 import shutil
 import socket
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import closing
 from dataclasses import asdict
 from pathlib import Path
@@ -41,7 +41,7 @@ from cpt_mega.loop.housekeeping import Housekeeping, collected_together
 from cpt_mega.loop.inputs import Inputs, mean_shares, open_inputs, open_stream
 from cpt_mega.loop.profiling import Profiling
 from cpt_mega.loop.replay import data_entry
-from cpt_mega.loop.reporters import open_reporters
+from cpt_mega.loop.reporters import Reporter, open_reporters
 from cpt_mega.loop.reweighting import AdaptiveWeights
 from cpt_mega.loop.run_folder import RunFolder
 from cpt_mega.loop.signals import StopRequest
@@ -118,28 +118,15 @@ def _run_claimed(
     clock: StartUp,
     watch: HangWatch,
 ) -> tuple[str, str]:
-    console, layout = make_console(), asdict(mesh.layout)
+    console = make_console()
     _set_aside(config, mesh, console)
-    start = find_start(config, mesh)
-    inputs = open_inputs(config, start)
-    check_layout(config, inputs.info.shape, mesh.world)
-    restore = plan_restore(config, start, inputs.lineage, layout)
-    if mesh.is_main:
-        show_contract(console, restore)
-    restore.check()
-    clock.mark("data")
-    with explained(config):
-        engine = Engine(config, inputs.info.shape, mesh)
-    clock.mark("model")
-    apply_restore(restore, engine)
-    clock.mark("restore")
-
+    inputs, restore, engine = _restored(config, mesh, console, clock)
     names = ModelNames.of(inputs.info.shape)
-    state = _trainer_state(config, restore, inputs.lineage, layout, mesh)
+    state = _trainer_state(config, restore, inputs.lineage, asdict(mesh.layout), mesh)
     if restore.state is None:
         state.lineage["parent_weights"] = weights_name(engine, names)
     stream = open_stream(config, inputs.sources, state.stream)
-    _finish_rollback(folder, state, stream, mesh)
+    left_out = _finish_rollback(folder, state, stream, mesh)
     guard = make_guard(config, state, inputs.info.shape.vocab_size)  # the last thing that may be refused
     _open_folder(folder, config, inputs, mesh, state.step if restore.state else None)
     status = Status(folder, state, command, config.checkpoint.export_hf != "none")
@@ -148,20 +135,11 @@ def _run_claimed(
     clock.mark("loggers")
     if mesh.is_main:
         _introduce(console, config, inputs, restore, mesh, engine.fast_paths(), clock)
-        place = {"step": state.step, "tokens": state.tokens, "mode": start.mode, "from": str(start.folder)}
-        place["lr_scale"] = guard.lr_scale
-        folder.decide({"kind": "restore", **place, "rows": restore.rows})
-    if stream is not None:
-        folder.decide(data_entry(config, inputs.sources, inputs.lineage["corpora"], state.step, stream.state.to_json()))
-    events = Events(console)
+    _record_start(config, folder, inputs, restore, state, stream, {"lr_scale": guard.lr_scale, "exclude": left_out})
 
-    def decide(line: dict) -> None:
-        folder.decide(line)
-        if mesh.is_main:
-            events(line)
-
-    trainer = Trainer(config, engine, stream, state, guard, decide=decide)
-    checkpoints = Checkpoints(start.folder, names, folder, console, state.step if restore.same_run else None)
+    trainer = Trainer(config, engine, stream, state, guard, decide=_decider(mesh, folder, console))
+    going_on = state.step if restore.same_run else None
+    checkpoints = Checkpoints(restore.start.folder, names, folder, console, going_on)
     trainer.callbacks = [
         Logging(folder, reporters, console),
         Profiling(config.profile, folder.path, mesh.rank, console),
@@ -175,18 +153,70 @@ def _run_claimed(
         checkpoints,
         status,
     ]
-    with closing(checkpoints), collected_together(config.train.gc_interval_steps), explained(config, engine):
-        try:
-            outcome = trainer.run()
-        except RollBack:
-            for reporter in reporters:
-                reporter.close()
-            raise
+    with closing(checkpoints):
+        outcome = _train(config, trainer, reporters)
     if mesh.is_main:
         _conclude(console, config, folder, outcome, status)
     if outcome[0] != "finished":
         mesh.share(None)  # with any other code one process' end is the others': the status comes first
     return outcome
+
+
+def _restored(config: Config, mesh: Mesh, console: Console, clock: StartUp) -> tuple[Inputs, Restore, Engine]:
+    """The engine as the run begins or goes on with it. The contract is shown, and kept, before anything large is made."""
+    start = find_start(config, mesh)
+    inputs = open_inputs(config, start)
+    check_layout(config, inputs.info.shape, mesh.world)
+    restore = plan_restore(config, start, inputs.lineage, asdict(mesh.layout))
+    if mesh.is_main:
+        show_contract(console, restore)
+    restore.check()
+    clock.mark("data")
+    with explained(config):
+        engine = Engine(config, inputs.info.shape, mesh)
+    clock.mark("model")
+    apply_restore(restore, engine)
+    clock.mark("restore")
+    return inputs, restore, engine
+
+
+def _record_start(
+    config: Config,
+    folder: RunFolder,
+    inputs: Inputs,
+    restore: Restore,
+    state: TrainerState,
+    stream: MixedStream | None,
+    guard: dict,
+) -> None:
+    """The ledger's lines of a start: where from, under which contract, in what state the guard is, and with which data."""
+    start = restore.start
+    place = {"step": state.step, "tokens": state.tokens, "mode": start.mode, "from": str(start.folder)}
+    folder.decide({"kind": "restore", **place, **guard, "rows": restore.rows})
+    if stream is not None:
+        folder.decide(data_entry(config, inputs.sources, inputs.lineage["corpora"], state.step, stream.state.to_json()))
+
+
+def _decider(mesh: Mesh, folder: RunFolder, console: Console) -> Callable[[dict], None]:
+    """What writes a decision to the ledger, and says it."""
+    events = Events(console)
+
+    def decide(line: dict) -> None:
+        folder.decide(line)
+        if mesh.is_main:
+            events(line)
+
+    return decide
+
+
+def _train(config: Config, trainer: Trainer, reporters: Sequence[Reporter]) -> tuple[str, str]:
+    with collected_together(config.train.gc_interval_steps), explained(config, trainer.engine):
+        try:
+            return trainer.run()
+        except RollBack:
+            for reporter in reporters:
+                reporter.close()
+            raise
 
 
 def _conclude(console: Console, config: Config, folder: RunFolder, outcome: tuple[str, str], status: Status) -> None:
@@ -249,15 +279,19 @@ def _set_aside(config: Config, mesh: Mesh, console: Console) -> None:
         console.print(f" {name} set aside: the run rolled back behind it", style="yellow")
 
 
-def _finish_rollback(folder: RunFolder, state: TrainerState, stream: MixedStream | None, mesh: Mesh) -> None:
-    """What the ledger says of a rollback to where the run stands now. A collective."""
+def _finish_rollback(
+    folder: RunFolder, state: TrainerState, stream: MixedStream | None, mesh: Mesh
+) -> dict[str, list[int]]:
+    """Does what the ledger says of a rollback to where the run stands now; the rows it leaves out. A collective."""
     line = mesh.share(rollback.pending(folder.path, state) if mesh.is_main else None)
     if line is None or stream is None:
-        return
-    stream.exclude(rollback.applicable(stream, line["exclude"]))
+        return {}
+    left_out = rollback.applicable(stream, line["exclude"])
+    stream.exclude(left_out)
     known = AnomalyState.from_json(state.anomaly)
     taken = [line[name] for name in ("number", "to_step", "step", "lr_scale", "calm_step")]
     state.anomaly = rolled_back(known, *taken).to_json()
+    return left_out
 
 
 def _open_folder(folder: RunFolder, config: Config, inputs: Inputs, mesh: Mesh, step: int | None) -> None:

@@ -139,6 +139,14 @@ def test_the_ladder_is_climbed_step_by_step_and_left_after_the_cool_down():
     assert (state.lr_scale, state.calm_step, state.alarms, state.flagged) == (1.0, None, [], {})
 
 
+def test_an_episode_that_did_not_lower_the_rate_is_over_after_the_cool_down_too():
+    state = after(50)
+    assert alarm(state, OPTIONS, 51, [("a", 3)]) == SKIP
+    for step in range(52, 52 + OPTIONS.cool_down_steps):
+        assert not accept(state, OPTIONS, step, 2.0, 0.5)
+    assert (state.alarms, state.flagged, state.calm_step) == ([], {}, None)
+
+
 def test_refused_updates_far_apart_climb_nothing():
     state = after(50)
     rungs = [alarm(state, OPTIONS, 60 + step * OPTIONS.cool_down_steps, [("a", step)]) for step in range(10)]

@@ -210,6 +210,13 @@ def test_a_rollback_that_a_kill_came_between_is_finished_by_the_next_start(worke
     assert lines[-1]["tokens"] >= 3000
     workers(1).run("train", config=jobsite.config, overrides=words)  # and only once
     assert metrics(tmp_path, "train") == lines
+    if target_is == "damaged":
+        told = [f"run.dir={tmp_path / 'told'}", *words[1:], f"anomaly.replay={tmp_path / 'ledger.jsonl'}"]
+        assert workers(1).run("train", config=jobsite.config, overrides=told)[0][0] == "finished"
+        assert [line["tokens_by_source"] for line in metrics(tmp_path / "told", "train")] == [
+            line["tokens_by_source"] for line in lines
+        ]
+        assert [line["loss"] for line in metrics(tmp_path / "told", "train")] == [line["loss"] for line in lines]
 
 
 def rows_of(run, step) -> list[tuple[str, int]]:
