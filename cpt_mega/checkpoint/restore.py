@@ -44,7 +44,8 @@ class Restore:
         state: the checkpoint's own, None for a new run.
         same_layout: whether generators fit.
         same_run: whether the run in this folder goes on; otherwise it gets an id of its own, and the checkpoint as its parent.
-        baseline: step-0 readings, by bucket, that a new run which trains nothing takes over: its checkpoint is judged by them.
+        baseline, item_baseline: step-0 readings, as TrainerState has them, that a new run which trains nothing takes over: its
+            checkpoint is judged by them.
     """
 
     start: Start
@@ -53,6 +54,7 @@ class Restore:
     same_run: bool
     contract: Contract
     baseline: dict = field(default_factory=dict)
+    item_baseline: dict = field(default_factory=dict)
 
     @property
     def rows(self) -> list[Row]:
@@ -150,7 +152,7 @@ def _new_run(config: Config, start: Start, lineage: dict, contract: Contract) ->
     contract.add("learning-rate schedule", "fresh", "from its re-warm")
     contract.add("data cursors", "fresh", "from the first row")
     contract.add("generators", "fresh", "from train.seed")
-    baseline = _baseline_of_parent(config, start, lineage)
+    baseline, item_baseline = _baseline_of_parent(config, start, lineage)
     if baseline:
         words = f"baseline of {', '.join(baseline)}: nothing is trained, the checkpoint is judged by its run's step 0"
         contract.add("gate history", "restored", words)
@@ -159,16 +161,17 @@ def _new_run(config: Config, start: Start, lineage: dict, contract: Contract) ->
     contract.add("anomaly window", "fresh", "the first steps are guarded by bounds")
     contract.add("FP8 scales", "fresh", _fp8_note(config))
     _compare_with_parent(config, start, contract)
-    return Restore(start, None, False, False, contract, baseline)
+    return Restore(start, None, False, False, contract, baseline, item_baseline)
 
 
-def _baseline_of_parent(config: Config, start: Start, lineage: dict) -> dict:
+def _baseline_of_parent(config: Config, start: Start, lineage: dict) -> tuple[dict, dict]:
     """Step-0 readings of the run a checkpoint is from, of items that are the same today; only where nothing is trained."""
     if config.train.tokens or not has_state(start.folder):
-        return {}
+        return {}, {}
     state = read_state(start.folder)
     before, now = state.lineage["eval"], lineage["eval"]
-    return {name: value for name, value in state.baseline.items() if before.get(name) == now.get(name, "")}
+    same = {name: value for name, value in state.baseline.items() if before.get(name) == now.get(name, "")}
+    return same, state.item_baseline
 
 
 def _compare_with_parent(config: Config, start: Start, contract: Contract) -> None:
@@ -322,6 +325,10 @@ def _check_lineage(config: Config, before: dict, now: dict, contract: Contract) 
         if _differs(before["corpora"], now["corpora"], name):
             why = "the corpus is not the one the checkpoint was trained on, so its cursor means other rows"
             contract.ask("data.sources", digest[:12], why, item=f"data.sources {name}")
+    for probe, digest in now.get("suite", {}).items():
+        if _differs(before.get("suite", {}), now["suite"], probe):
+            why = "its items are not those the baseline was measured on, so a new one is taken"
+            contract.ask("gates.suite", digest[:12], why, item=f"gates.suite {probe}")
     for bucket, digest in now["eval"].items():
         if _differs(before["eval"], now["eval"], bucket):
             why = "the items are not those the baseline was measured on, so a new one is taken"

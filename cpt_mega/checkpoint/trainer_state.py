@@ -30,8 +30,10 @@ class TrainerState:
         step, tokens: optimizer steps done and tokens consumed.
         stream: the data state, as ``StreamState.to_json`` gives it.
         baseline: step-0 readings of the gates, ``{bucket: perplexity}``.
+        item_baseline: step-0 score of each item, ``{digest of its probe: {id: score}}``.
         source_losses: training losses by source since the last decision on weights: ``{name: [sum, steps]}``.
         judged_step: the last step at which the gates judged.
+        look_pending: whether a look was due at this step and a stop came into its middle.
         gate_stop: why a gate stopped the run here; empty otherwise. A later start judges again before it goes on.
         kind: why it was saved, as ``retention`` has it: rolling, permanent or pinned.
         gate_history: oldest first.
@@ -48,8 +50,10 @@ class TrainerState:
     tokens: Count = 0
     stream: dict = field(default_factory=dict)
     baseline: dict[str, float] = field(default_factory=dict)
+    item_baseline: dict[str, dict[str, float]] = field(default_factory=dict)
     source_losses: dict[str, list[float]] = field(default_factory=dict)
     judged_step: Count | None = None
+    look_pending: bool = False
     gate_stop: str = ""
     kind: str = "permanent"
     gate_history: list[Look] = field(default_factory=list)

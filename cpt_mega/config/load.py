@@ -10,7 +10,7 @@ import re
 import types
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import Any, get_args, get_origin
+from typing import Any, TypeVar, get_args, get_origin
 
 import yaml
 from pydantic import BaseModel, ValidationError
@@ -19,10 +19,13 @@ from cpt_mega.config.schema import Config
 from cpt_mega.errors import InputError
 
 # Keys whose values are paths; every other value is left as written.
-_PATHS = ("run.dir", "model.checkpoint", "tokenizer.path")
+_PATHS = ("run.dir", "model.checkpoint", "tokenizer.path", "gates.suite")
 _PATH_LISTS = ("data.sources", "eval.sets")
 _DEEPEST = 32  # of values within values: no option comes near
 _MOST_VALUES = 1_000_000  # in a file, each alias counted as all that it stands for
+
+
+Options = TypeVar("Options", bound=BaseModel)
 
 
 def load_config(path: str | Path, overrides: Iterable[str] = ()) -> Config:
@@ -39,7 +42,14 @@ def build_config(values: dict, overrides: Iterable[str] = ()) -> Config:
     for word in overrides:
         _override(values, word)
     _absolute_paths(values)
-    return _validated(values)
+    config = _validated(values, Config)
+    _check_accepted(config.restore.accept)
+    return config
+
+
+def load_sections(path: str | Path, model: type[Options], what: str) -> Options:
+    """Reads another file of options, such as a suite of gates, under the same rules; ``what`` is the field of its errors."""
+    return _validated(_read(Path(path), (), what), model)
 
 
 def resolved_yaml(config: Config) -> str:
@@ -62,24 +72,22 @@ def differing_fields(old: dict, new: dict, prefix: str = "") -> Iterator[tuple[s
             yield f"{prefix}{name}", before, after
 
 
-def _read(path: Path, seen: tuple[Path, ...]) -> dict:
+def _read(path: Path, seen: tuple[Path, ...], what: str = "--config") -> dict:
     if path.resolve() in seen:
         raise InputError("extends", str(path), "files extend each other in a circle; drop one 'extends'")
     try:
         values = yaml.load(path.read_text(encoding="utf-8"), _YamlLoader) or {}
     except OSError as error:
-        raise InputError(
-            "--config", str(path), f"cannot be read ({error.strerror}); name an existing YAML file"
-        ) from error
+        raise InputError(what, str(path), f"cannot be read ({error.strerror}); name an existing YAML file") from error
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         where = " ".join(str(error).split())[:200]
-        raise InputError("--config", str(path), f"is not valid YAML: {where}") from error
+        raise InputError(what, str(path), f"is not valid YAML: {where}") from error
     if not isinstance(values, dict):
-        raise InputError("--config", str(path), "must be a mapping of sections such as 'train:' and 'data:'")
+        raise InputError(what, str(path), "must be a mapping of its keys, as 'train:' and 'data:' in a configuration")
     parent = values.pop("extends", None)
     if parent is None:
         return values
-    return _merged(_read(path.parent / _path("extends", str(parent)), (*seen, path.resolve())), values)
+    return _merged(_read(path.parent / _path("extends", str(parent)), (*seen, path.resolve()), what), values)
 
 
 class _YamlLoader(yaml.SafeLoader):
@@ -95,6 +103,7 @@ class _YamlLoader(yaml.SafeLoader):
         self._depth, self._sizes = 0, {}  # values below each finished node, itself included, by identity
 
     def compose_node(self, parent, index):
+        """Counts what a node stands for."""
         self._depth += 1
         if self._depth > _DEEPEST:
             raise yaml.composer.ComposerError(None, None, "nested too deeply", self.peek_event().start_mark)
@@ -120,6 +129,7 @@ class _YamlLoader(yaml.SafeLoader):
             raise yaml.constructor.ConstructorError(None, None, f"is no {node.tag}", node.start_mark) from error
 
     def construct_mapping(self, node, deep=False):
+        """No key twice."""
         seen = set()
         for key in (self.construct_object(key, deep=True) for key, _ in node.value):
             if isinstance(key, list | dict | set):
@@ -211,13 +221,11 @@ def _path(field: str, text: str) -> Path:
     raise InputError(field, text, "no file can have such a name; mend the path")
 
 
-def _validated(values: dict) -> Config:
+def _validated(values: dict, model: type[Options]) -> Options:
     try:
-        config = Config.model_validate(_whole_numbers(_tuples(values)))
+        return model.model_validate(_whole_numbers(_tuples(values)))
     except ValidationError as error:
-        raise _as_input_error(error.errors()[0]) from None
-    _check_accepted(config.restore.accept)
-    return config
+        raise _as_input_error(error.errors()[0], model) from None
 
 
 def _check_accepted(names: Iterable[str]) -> None:
@@ -255,22 +263,22 @@ _IN_WORDS = {
 }
 
 
-def _as_input_error(problem: dict) -> InputError:
+def _as_input_error(problem: dict, model: type[BaseModel]) -> InputError:
     """pydantic's first complaint as field, value and fix."""
     field = ".".join(str(part) for part in problem["loc"])
     if problem["type"] == "extra_forbidden":
-        return InputError(field, problem["input"], "unknown key" + _suggestion(problem["loc"]))
+        return InputError(field, problem["input"], "unknown key" + _suggestion(problem["loc"], model))
     if problem["type"] == "missing":
         return InputError(field, None, "is required; set it in the configuration file or as an override")
     if problem["type"] == "value_error" and not field:
         field, _, sentence = str(problem["ctx"]["error"]).partition(": ")
-        return InputError(field, _given_or_default(field, problem["input"]), sentence)
+        return InputError(field, _given_or_default(field, problem["input"], model), sentence)
     fix = _IN_WORDS.get(problem["type"], problem["msg"][0].lower() + problem["msg"][1:])
     return InputError(field, problem["input"], fix)
 
 
-def _given_or_default(field: str, given: Any) -> Any:
-    value, model = given, Config
+def _given_or_default(field: str, given: Any, model: type[BaseModel]) -> Any:
+    value = given
     for part in field.split("."):
         option = model.model_fields[part]
         value = value[part] if isinstance(value, dict) and part in value else option.get_default()
@@ -278,21 +286,34 @@ def _given_or_default(field: str, given: Any) -> Any:
     return value
 
 
-def _suggestion(location: tuple) -> str:
-    model: Any = Config
+def _suggestion(location: tuple, model: type[BaseModel]) -> str:
+    sections = [model]
     for part in location[:-1]:
-        if isinstance(part, str) and model is not None:
-            model = _section_of(model.model_fields[part].annotation)
-    names = list(model.model_fields)
+        if isinstance(part, str):
+            sections = _inner_sections(sections, part)
+    names = list(sections[0].model_fields)
     close = difflib.get_close_matches(str(location[-1]), names, n=1)
     return f"; did you mean {close[0]!r}?" if close else f"; known here: {', '.join(names)}"
 
 
+def _inner_sections(sections: list[type[BaseModel]], part: str) -> list[type[BaseModel]]:
+    """What may stand under a key; or, where sections of several kinds may stand in a list, that of the kind ``part``."""
+    fields = [section.model_fields[part] for section in sections if part in section.model_fields]
+    if fields:
+        return [inner for field in fields for inner in _sections_of(field.annotation)]
+    return [section for section in sections if part in get_args(section.model_fields["kind"].annotation)]
+
+
 def _section_of(annotation: Any) -> type[BaseModel] | None:
     """The option class inside an annotation such as ``tuple[SourceOptions, ...]``."""
+    return next(iter(_sections_of(annotation)), None)
+
+
+def _sections_of(annotation: Any) -> list[type[BaseModel]]:
+    """All of them."""
     if isinstance(annotation, type) and not isinstance(annotation, types.GenericAlias):
-        return annotation if issubclass(annotation, BaseModel) else None
-    return next(filter(None, map(_section_of, get_args(annotation))), None) if get_origin(annotation) else None
+        return [annotation] if issubclass(annotation, BaseModel) else []
+    return [inner for part in get_args(annotation) for inner in _sections_of(part)]
 
 
 def _describe(model: type[BaseModel], prefix: str) -> Iterator[tuple[str, str, Any, str]]:

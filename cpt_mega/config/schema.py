@@ -197,6 +197,9 @@ class EvalOptions(Section):
 
 
 class GateOptions(Section):
+    suite: str | None = Field(
+        None, description="YAML file of probes that are looked at with eval.sets; see cpt_mega/gates"
+    )
     general_perplexity_limit: float | None = Field(
         0.15,
         gt=0,

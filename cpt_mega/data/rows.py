@@ -64,7 +64,7 @@ def build_row(
         goes_on = start + length < corpus.length_of(document)
         tokens = corpus.read(document, start, length + 1 if goes_on else length)
         if vocab_size is not None:
-            _check_ids(corpus, document, tokens, vocab_size)
+            check_ids(corpus, document, tokens, vocab_size)
         ids[at : at + length] = tokens[:length]
         targets = len(tokens) - 1
         # by the target, which is the next token: the corpus says which of its tokens count
@@ -85,7 +85,8 @@ def counted_tokens(corpus: IndexedCorpus, plan: RowPlan, row: int) -> int:
     return sum(int(corpus.read_mask(*piece).sum(dtype=np.int64)) for piece in plan.pieces(row))
 
 
-def _check_ids(corpus: IndexedCorpus, document: int, tokens: np.ndarray, vocab_size: int) -> None:
+def check_ids(corpus: IndexedCorpus, document: int, tokens: np.ndarray, vocab_size: int) -> None:
+    """Raises InputError for a token id int64 [n] of a document that lies outside a vocabulary."""
     # one pass finds both ends: a negative id is a huge unsigned one
     if int(tokens.view(np.uint64).max()) >= vocab_size:
         bad = int(tokens[(tokens < 0) | (tokens >= vocab_size)][0])

@@ -7,6 +7,7 @@ Batches lie in pinned memory, and what a step took is asked for when the next on
 
 import math
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 
@@ -173,28 +174,32 @@ class Engine:
 
     def evaluate(self, count: int, read: Callable[[int], Row]) -> Tensor:
         """[rows, 2]: summed loss (nats) and real targets of each row, without gradients and without touching any state."""
-        self.gather_parameters()
-        was_training = self.chunks[0].training
-        self._set_training(False)
-        with torch.no_grad():
+        with self._evaluating():
             losses = self._losses(self.prepare(count, read), forward_only=True)
-        self._set_training(was_training)
         return self._reduced(losses).wait()
 
-    def forward_logits(self, rows: Sequence[Row], consume: Callable[[Tensor, MicroBatch], object]) -> list:
-        """Runs rows one micro-batch each; ``consume`` sees the last stage's logits [1, t, padded_vocab / tp] and its batch.
+    def prepare_each(self, rows: Sequence[Row]) -> PreparedBatch:
+        """Rows of this rank's own choice, one a micro-batch: the other data-parallel ranks may have others."""
+        places = self._whole_rounds([[index] for index in range(len(rows))])
+        return PreparedBatch(len(rows), places, self._micro_batches([[rows[index] for index in one] for one in places]))
 
-        Returns what ``consume`` returned for each row on the last pipeline stage, an empty list elsewhere.
+    def forward_logits(self, batch: PreparedBatch, consume: Callable[[Tensor, MicroBatch, list[int]], object]) -> list:
+        """Runs micro-batches without gradients and without touching any state.
+
+        ``consume`` sees the last stage's logits [1, t, padded_vocab / tp], their micro-batch and the places of its rows.
+        Returns what it returned for each micro-batch on the last pipeline stage, an empty list elsewhere.
         """
-        batches = self._whole_rounds(self._micro_batches([[row] for row in rows]))
 
-        def forward(iterator: Iterator[MicroBatch], model):
-            batch = next(iterator).to(self.mesh.device)
-            logits = model(batch.ids, None, None, packed_seq_params=batch.packed_params())
-            return logits, lambda output, non_loss_data=True: consume(output, batch)
+        def forward(iterator: Iterator[tuple[MicroBatch, list[int]]], model):
+            rows, places = next(iterator)
+            rows = rows.to(self.mesh.device)
+            logits = model(rows.ids, None, None, packed_seq_params=rows.packed_params())
+            return logits, lambda output, non_loss_data=True: consume(output, rows, places)
 
-        with torch.no_grad():
-            return self._schedule(forward, batches, forward_only=True, collect_non_loss_data=True)[: len(rows)]
+        with self._evaluating():
+            return self._schedule(
+                forward, batch.micro_batches, batch.places, forward_only=True, collect_non_loss_data=True
+            )
 
     def fast_paths(self) -> list[FastPath]:
         """Which fast ways this engine takes. For one that trains."""
@@ -215,6 +220,16 @@ class Engine:
         if self._gathers_late and not self.chunks[0].remove_forward_pre_hook_handles:
             for chunk in self.chunks:
                 chunk.enable_forward_pre_hook()
+
+    @contextmanager
+    def _evaluating(self) -> Iterator[None]:
+        """No gradients, no dropout; afterwards all is as it was."""
+        self.gather_parameters()
+        was_training = self.chunks[0].training
+        self._set_training(False)
+        with torch.no_grad():
+            yield
+        self._set_training(was_training)
 
     def _set_training(self, training: bool) -> None:
         for chunk in self.chunks:
@@ -241,10 +256,11 @@ class Engine:
                     losses[index] = row  # a list of indices would have to travel to the device first
         return losses
 
-    def _schedule(self, forward: Callable, batches: list[MicroBatch], **options) -> list:
+    def _schedule(self, forward: Callable, batches: list[MicroBatch], *beside: list, **options) -> list:
+        """Core's schedule; ``forward`` is given an iterator of micro-batches, with what is ``beside`` each of them."""
         if not batches:
             return []
-        iterators = [iter(batches) for _ in self.chunks]
+        iterators = [zip(batches, *beside, strict=True) if beside else iter(batches) for _ in self.chunks]
         interleaved = len(self.chunks) > 1
         return self._run_schedule(
             forward_step_func=forward,

@@ -1,17 +1,10 @@
-"""What hangs on the loop, in the order it runs at a boundary: logging, control, evaluation with its gate.
-
-Times of looks and saves are pure functions of tokens, so a resumed run has them where the uninterrupted one has.
-"""
+"""What hangs on the loop: the callback that does nothing, logging, and control by signals and files."""
 
 import math
-import time
 from collections.abc import Sequence
 from statistics import fmean
 
 from cpt_mega.errors import FolderLost
-from cpt_mega.gates.looks import look_due
-from cpt_mega.gates.perplexity import HeldOut, Reading, by_bucket, measure
-from cpt_mega.gates.rules import Verdict, general_perplexity
 from cpt_mega.loop.console import step_line
 from cpt_mega.loop.reporters import Reporter
 from cpt_mega.loop.run_folder import SAVE, STOP, RunFolder
@@ -137,102 +130,25 @@ def _phases(window: Sequence[StepReport]) -> dict[str, float]:
     }
 
 
-class Evaluation(NullCallback):
-    """Held-out perplexity at step 0, at intervals and at the end, and the rule on the general bucket."""
-
-    def __init__(self, sets: Sequence[HeldOut], folder: RunFolder, reporters: Sequence[Reporter], console):
-        self.sets, self.folder, self.reporters, self.console = sets, folder, reporters, console
-
-    def on_start(self, trainer: Trainer) -> None:
-        """Takes the baseline of every bucket that has none: all at step 0, new ones when ``eval.sets`` was changed later.
-
-        Judges where nothing is trained and the checkpoint's run has a baseline, and where a gate stopped the run.
-        """
-        only_judges = not trainer.config.train.tokens and bool(trainer.state.baseline)
-        missing = {held.bucket for held in self.sets} - trainer.state.baseline.keys()
-        if missing:
-            values = by_bucket(self._look(trainer))
-            taken = {bucket: values[bucket] for bucket in sorted(missing)}
-            trainer.state.baseline = {**trainer.state.baseline, **taken}
-            place = {"step": trainer.state.step, "tokens": trainer.state.tokens}
-            self.folder.decide({"kind": "baseline", **place, "perplexity": taken})
-        if trainer.state.gate_stop or only_judges:  # a verdict holds until the same judge says otherwise
-            trainer.state.gate_stop = ""
-            self._judge(trainer)
-
-    def on_boundary(self, trainer: Trainer, tokens: int) -> None:
-        now = trainer.state.tokens
-        due = look_due(trainer.config, now - tokens, now) or trainer.ends_here
-        if due and trainer.state.judged_step != trainer.state.step:
-            self._judge(trainer)
-
-    def _judge(self, trainer: Trainer) -> None:
-        if not self.sets:
-            return
-        trainer.settle()
-        trainer.state.judged_step = trainer.state.step
-        values = by_bucket(self._look(trainer))
-        verdict = self._verdict(trainer, values)
-        self._remember(trainer, values, "none" if verdict is None else verdict.action)
-        if verdict is None:
-            return
-        place = {"step": trainer.state.step, "tokens": trainer.state.tokens}
-        self.folder.decide({"kind": "verdict", **place, **verdict.to_json()})
-        if verdict.action == "stop":
-            trainer.state.gate_stop = verdict.reason
-            trainer.stop("gate_stop", verdict.reason)
-
-    def _remember(self, trainer: Trainer, values: dict[str, float], action: str) -> None:
-        """Puts the look into the state, in place of an earlier one at the same step."""
-        state = trainer.state
-        look = {"step": state.step, "tokens": state.tokens, "perplexity": values, "action": action}
-        state.gate_history = [*(x for x in state.gate_history if x["step"] != state.step), look]
-
-    def _verdict(self, trainer: Trainer, now: dict[str, float]) -> Verdict | None:
-        limit = trainer.config.gates.general_perplexity_limit
-        return None if limit is None else general_perplexity(trainer.state.baseline, now, limit)
-
-    def _look(self, trainer: Trainer) -> list[Reading]:
-        begin = time.perf_counter()
-        readings = measure(trainer.engine, self.sets)
-        place = {"step": trainer.state.step, "tokens": trainer.state.tokens}
-        for reading in readings:
-            self.folder.metric({"kind": "eval", **place, **reading.to_json()})
-        if self.folder.writes:
-            self._say(trainer, by_bucket(readings), time.perf_counter() - begin)
-        return readings
-
-    def _say(self, trainer: Trainer, values: dict[str, float], seconds: float) -> None:
-        def entry(bucket: str, value: float) -> str:
-            base = trainer.state.baseline.get(bucket)
-            return f"{bucket} perplexity: {value:.3f}" + (f" ({value / base - 1:+.1%})" if base else "")
-
-        words = " | ".join(entry(*item) for item in values.items())
-        self.console.print(
-            f" validation at iteration {trainer.state.step:8d} | {words} | {seconds:.1f} s |", style="bold"
-        )
-        losses = {f"lm loss validation/{name}": math.log(value) for name, value in values.items()}
-        scalars = {"lm loss validation": sum(losses.values()) / len(losses), **losses}
-        scalars.update({f"lm loss validation ppl/{name}": value for name, value in values.items()})
-        for reporter in self.reporters:
-            reporter.scalars(trainer.state.step, scalars)
-
-
 class Control(NullCallback):
     """Signals, ``STOP``, ``SAVE`` and a lost folder: all ranks agree at the boundary, in one small reduction a step."""
 
     def __init__(self, request: StopRequest, folder: RunFolder):
         self.request, self.folder = request, folder
 
+    def ends(self, trainer: Trainer) -> bool:
+        """Whether a signal came to any rank, or the folder is lost: then even a look does not go on; ``STOP`` waits for the
+        next boundary. A collective; nothing is done about it yet."""
+        signalled, _, _, lost = self._asked(trainer)
+        return bool(signalled or lost)
+
     def on_boundary(self, trainer: Trainer, tokens: int) -> None:
         """Stops the run, or asks for a checkpoint, on all ranks when any of them was asked to.
 
         Raises FolderLost on all of them when the run folder is another run's by now.
         """
-        folder = self.folder
-        mine = [self.request.name is not None, folder.asked(STOP), folder.asked(SAVE), folder.lost is not None]
-        signalled, stop, save, lost = trainer.engine.mesh.agree_max([int(asked) for asked in mine])
-        end_if_lost(trainer, folder, lost)
+        signalled, stop, save, lost = self._asked(trainer)
+        end_if_lost(trainer, self.folder, lost)
         trainer.save_requested = bool(save)
         if stop:
             trainer.stop("preempted", "STOP was touched in the run folder")
@@ -240,4 +156,9 @@ class Control(NullCallback):
             trainer.stop("preempted", f"received {self.request.name or 'a signal on another rank'}")
         for name, asked in ((STOP, stop), (SAVE, save)):
             if asked:
-                folder.answered(name)
+                self.folder.answered(name)
+
+    def _asked(self, trainer: Trainer) -> list[int]:
+        folder = self.folder
+        mine = [self.request.name is not None, folder.asked(STOP), folder.asked(SAVE), folder.lost is not None]
+        return trainer.engine.mesh.agree_max([int(asked) for asked in mine])

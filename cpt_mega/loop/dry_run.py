@@ -43,8 +43,9 @@ def print_plan(config: Config, world: int, command: str) -> None:
         console.print(sources_table(inputs.sources, mean_shares(config, inputs.sources)))
     for note in inputs.warnings:
         console.print(f" {note}", style="yellow")
-    for held in inputs.sets:
-        console.print(f" evaluates {held.bucket}: {held.name}, {int(held.plan.row_tokens.sum()):,} tokens")
+    for probe in inputs.suite.probes:
+        tokens = sum(request.inputs for request in probe.requests)
+        console.print(f" evaluates {probe.bucket}: {probe.name}, {len(probe.requests):,} texts, {tokens:,} tokens")
     owner = holder(Path(config.run.dir))
     if owner is not None:
         console.print(f" {config.run.dir} is held by {owner}: a start is refused while that lives", style="yellow")

@@ -13,10 +13,11 @@ from cpt_mega.data.row_checks import RowChecks
 from cpt_mega.data.sources import Source, corpus_identity, fixed_mixture, open_sources
 from cpt_mega.data.stream import STOP, MixedStream, Repetition
 from cpt_mega.data.stream_state import StreamState
+from cpt_mega.data.tokenizer import TextTokenizer
 from cpt_mega.errors import InputError
-from cpt_mega.gates.perplexity import HeldOut, open_eval_sets
-from cpt_mega.hf.model_info import ModelInfo, read_model_info, tokenizer_digest
-from cpt_mega.lineage import file_digest, library_versions, text_digest
+from cpt_mega.gates.suite import Suite, held_out_suite, open_suite
+from cpt_mega.hf.model_info import HF_FOLDER, ModelInfo, read_model_info, tokenizer_digest
+from cpt_mega.lineage import file_digest, library_versions
 
 MOST_PASSES = 4  # Olmix, arXiv 2602.12237
 
@@ -27,7 +28,7 @@ class Inputs:
 
     info: ModelInfo
     sources: list[Source]
-    sets: list[HeldOut]
+    suite: Suite
     lineage: dict
     warnings: list[str]
 
@@ -37,23 +38,26 @@ def open_inputs(config: Config, start: Start) -> Inputs:
     info = read_model_info(start.folder)
     digest = _tokenizer(config, info)
     sources = _sources(config, info, digest)
-    sets = open_eval_sets(config, digest, info.shape.vocab_size)
+    held_out = held_out_suite(config, digest, info.shape.vocab_size)
+    asked = _suite(config, info, start.folder)
     lineage = {
         "base_digest": info.base_digest,
         "tokenizer_digest": digest,
         "packing_version": PACKING_VERSION,
         "corpora": {source.name: corpus_identity(source.corpus.prefix) for source in sources},
-        "eval": {bucket: _items_digest(config, sets, bucket) for bucket in sorted({held.bucket for held in sets})},
+        "eval": held_out.digests_by_bucket(),
+        "suite": asked.digests if asked else {},
         "libraries": library_versions(),
     }
-    return Inputs(info, sources, sets, lineage, list(_warnings(config, sources)))
+    suite = held_out.joined(asked) if asked else held_out
+    return Inputs(info, sources, suite, lineage, list(_warnings(config, sources, suite)))
 
 
-def _warnings(config: Config, sources: list[Source]) -> Iterator[str]:
+def _warnings(config: Config, sources: list[Source], suite: Suite) -> Iterator[str]:
     """Choices that are allowed and that usually end badly."""
     if sources and all(source.role == "domain" for source in sources):
         yield "no replay source: what the model knew before gets no gradient; add one with role: replay (20 % is usual)"
-    if config.gates.general_perplexity_limit is not None and all(s.bucket != "general" for s in config.eval.sets):
+    if config.gates.general_perplexity_limit is not None and "general" not in suite.perplexity_buckets:
         yield "no gate is armed: eval.sets has no set with bucket: general, so forgetting is not watched"
     roles = Counter(source.role for source in sources)
     if config.data.adaptive.interval_tokens is not None and max(roles.values(), default=0) < 2:
@@ -167,6 +171,14 @@ def _tokenizer(config: Config, info: ModelInfo) -> str:
     return digest
 
 
+def _suite(config: Config, info: ModelInfo, folder: Path) -> Suite | None:
+    """``gates.suite``, read with the model's tokenizer."""
+    if config.gates.suite is None:
+        return None
+    tokenizer = TextTokenizer.load(config.tokenizer.path or folder / HF_FOLDER)
+    return open_suite(Path(config.gates.suite), tokenizer, info.shape.vocab_size, info.shape.max_positions)
+
+
 def _sources(config: Config, info: ModelInfo, digest: str) -> list[Source]:
     if not config.data.sources:
         return []
@@ -177,9 +189,3 @@ def _sources(config: Config, info: ModelInfo, digest: str) -> list[Source]:
         tokenizer_digest=digest,
         vocab_size=info.shape.vocab_size,
     )
-
-
-def _items_digest(config: Config, sets: list[HeldOut], bucket: str) -> str:
-    """What a bucket's items are called: its corpora, and what decides which of their tokens stand in which row."""
-    corpora = sorted(corpus_identity(held.corpus.prefix) for held in sets if held.bucket == bucket)
-    return text_digest(" ".join([*corpora, str(config.train.seq_length), str(config.eval.max_tokens)]))

@@ -1,6 +1,7 @@
 """The run folder: status, metrics, ledger, and the files a user touches to steer a run.
 
-Only the main process writes. ``metrics.jsonl`` holds one line a step and one a reading; ``ledger.jsonl`` one a decision.
+Only the main process writes. ``metrics.jsonl`` holds one line a step and one a reading, ``items.jsonl`` one an item of each
+evaluation, ``ledger.jsonl`` one a decision.
 """
 
 import contextlib
@@ -8,7 +9,7 @@ import json
 import math
 import os
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import TypedDict
 
@@ -19,6 +20,7 @@ from cpt_mega.loop.lease import Lease, LeaseHeld
 
 STATUS = "status.json"
 METRICS = "metrics.jsonl"
+ITEMS = "items.jsonl"
 LEDGER = "ledger.jsonl"
 STOP, SAVE = "STOP", "SAVE"
 
@@ -99,7 +101,8 @@ class RunFolder:
             write_json(self.path / "sources.json", sources)
             if self._metrics is not None:
                 self._metrics.close()
-            drop_lines_after(self.path / METRICS, -1 if step is None else step)
+            for name in (METRICS, ITEMS):
+                drop_lines_after(self.path / name, -1 if step is None else step)
             self._metrics = open(self.path / METRICS, "a", buffering=1)  # noqa: SIM115 (lives as long as the run)
 
     def status(self, state: str, reason: str, step: int, tokens: int, run_id: str, next_command: str) -> None:
@@ -124,6 +127,12 @@ class RunFolder:
         if self._metrics is not None and self.writes:
             with _writing(self.path / METRICS):
                 self._metrics.write(json.dumps(line) + "\n")
+
+    def items(self, lines: Iterable[dict]) -> None:
+        """Appends the scores of a look's items to ``items.jsonl``."""
+        if self.writes:
+            with _writing(self.path / ITEMS), open(self.path / ITEMS, "a") as stream:
+                stream.writelines(json.dumps(line) + "\n" for line in lines)
 
     def decide(self, line: dict) -> None:
         """Appends a decision to ``ledger.jsonl``, on disk before the run acts on it."""

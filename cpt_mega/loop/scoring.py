@@ -6,7 +6,7 @@ import os
 import socket
 import tempfile
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from itertools import groupby
 from pathlib import Path
@@ -51,6 +51,21 @@ def score_file(checkpoint: str, source: str, target: str, overrides: Sequence[st
 
     Raises InputError for a bad row (file and line), a layout that does not fit, or a checkpoint that cannot be read.
     """
+    with scoring_engine(checkpoint, overrides) as (engine, _):
+        _score_all(engine, engine.mesh, Path(source), Path(target))
+    return ExitCode.FINISHED
+
+
+@contextmanager
+def scoring_engine(checkpoint: str, overrides: Sequence[str] = ()) -> Iterator[tuple[Engine, Path]]:
+    """A model that trains nothing, at a layout and precision, and the checkpoint's folder; every rank calls it.
+
+    Args:
+        checkpoint: a run, an iter_* folder, an import or an HF folder.
+        overrides: ``parallel.*`` and ``precision``.
+
+    Raises InputError for a layout that does not fit, or a checkpoint that cannot be read.
+    """
     with ExitStack() as stack:
         config = _scoring_config(overrides)
         apply_environment(config.parallel, config.train.deterministic)
@@ -69,8 +84,7 @@ def score_file(checkpoint: str, source: str, target: str, overrides: Sequence[st
         check_layout(config, info.shape, world_size())
         engine = Engine(config, info.shape, mesh, train=False)
         load_weights(engine, folder)
-        _score_all(engine, mesh, Path(source), Path(target))
-    return ExitCode.FINISHED
+        yield engine, folder
 
 
 def _imported(hf_folder: Path, mesh: Mesh, stack: ExitStack) -> Path:

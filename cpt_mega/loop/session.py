@@ -32,9 +32,10 @@ from cpt_mega.hf.locate import CHECKPOINTS
 from cpt_mega.hf.weights import ModelNames
 from cpt_mega.lineage import code_version, new_run_id
 from cpt_mega.loop import rollback
-from cpt_mega.loop.callbacks import Control, Evaluation, Logging
+from cpt_mega.loop.callbacks import Control, Logging
 from cpt_mega.loop.checkpoints import Checkpoints, complete_steps
 from cpt_mega.loop.console import Events, fast_paths_table, make_console, show_contract, sources_table
+from cpt_mega.loop.evaluation import Evaluation
 from cpt_mega.loop.guarding import make_guard
 from cpt_mega.loop.hangs import HangWatch
 from cpt_mega.loop.housekeeping import Housekeeping, collected_together
@@ -140,16 +141,17 @@ def _run_claimed(
     trainer = Trainer(config, engine, stream, state, guard, decide=_decider(mesh, folder, console))
     going_on = state.step if restore.same_run else None
     checkpoints = Checkpoints(restore.start.folder, names, folder, console, going_on)
+    control = Control(request, folder)
     trainer.callbacks = [
         Logging(folder, reporters, console),
         Profiling(config.profile, folder.path, mesh.rank, console),
-        Control(request, folder),
+        control,
         guard,
         watch,
         Housekeeping(),
         Stragglers(folder, console),
         AdaptiveWeights(),
-        Evaluation(inputs.sets, folder, reporters, console),
+        Evaluation(inputs.suite, folder, reporters, console, control),
         checkpoints,
         status,
     ]
@@ -245,7 +247,7 @@ def _export(run_dir: Path, chosen: Path) -> Path:
 
 def _trainer_state(config: Config, restore: Restore, lineage: dict, layout: dict, mesh: Mesh) -> TrainerState:
     """The restored state under today's layout, configuration and lineage, or that of a new run."""
-    state = restore.state or TrainerState("", "", baseline=restore.baseline)
+    state = restore.state or TrainerState("", "", baseline=restore.baseline, item_baseline=restore.item_baseline)
     if not restore.same_run:
         state.run_id, state.parent = mesh.share(new_run_id()), str(restore.start.folder)
         state.lineage["parent_weights"] = state.lineage.get("weights")

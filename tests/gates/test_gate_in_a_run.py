@@ -23,25 +23,25 @@ def _run(workers, jobsite, run, world, *overrides):
 
 
 def _reference(jobsite, prefix, max_tokens: int, seq_length: int) -> tuple[float, int]:
-    """Perplexity by transformers: documents in order, cut where a row of concatenated documents ends."""
+    """Perplexity by transformers: documents in order; of those longer than a row, each token behind the last half of a row or
+    more."""
     from transformers import AutoModelForCausalLM
 
     model = AutoModelForCausalLM.from_pretrained(jobsite.hf, dtype=torch.float32).eval()
     corpus = IndexedCorpus(str(prefix))
-    nll, targets, used = 0.0, 0, 0
+    nll, targets, used, longest = 0.0, 0, 0, 0
     for document, length in enumerate(corpus.document_lengths.tolist()):
-        ids, start = corpus.read(document, 0, length), 0
-        length = min(length, max_tokens - used)
-        while start < length:
-            piece = min(length - start, seq_length - used % seq_length)
-            context = torch.from_numpy(ids[start : start + piece])
-            following = torch.from_numpy(ids[start + 1 : start + piece + 1])
+        ids = torch.from_numpy(corpus.read(document, 0, min(length, max_tokens - used)))
+        for start in range(0, max(1, len(ids) - 1 - seq_length // 2), seq_length // 2):
+            window = ids[start : start + seq_length + 1]
             with torch.no_grad():
-                logprobs = model(context[None]).logits[0].float().log_softmax(-1)
-            nll -= logprobs[: len(following)].gather(1, following[:, None]).sum().item()
-            targets, used, start = targets + len(following), used + piece, start + piece
+                logprobs = model(window[None, :-1]).logits[0].float().log_softmax(-1)
+            new = logprobs.gather(1, window[1:, None])[seq_length // 2 if start else 0 :]
+            nll, targets = nll - new.sum().item(), targets + len(new)
+        used, longest = used + len(ids), max(longest, len(ids))
         if used >= max_tokens:
             break
+    assert longest > seq_length + 1  # or no window would move
     return math.exp(nll / targets), targets
 
 
@@ -106,8 +106,6 @@ def test_other_items_under_the_same_path_are_refused(workers, jobsite, tmp_path)
     for name in ("bin", "idx"):
         (tmp_path / f"held.{name}").write_bytes((jobsite.folder / f"general.heldout.{name}").read_bytes())
     run = tmp_path / "run"
-    run.mkdir()
-    (run / "STOP").touch()
     words = [f"eval.sets=[{{path: {tmp_path}/held, bucket: general}}]", "gates.general_perplexity_limit=0.9"]
     _run(workers, jobsite, run, 1, *words)
     before = metrics(run, "eval")[0]["value"]

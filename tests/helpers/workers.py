@@ -1,7 +1,8 @@
 """Groups of processes over gloo that live as long as the test session: imports and start-up are paid once a world size.
 
-A job is a function of ``tests.helpers.jobs`` with JSON arguments; every rank runs it, and ``Workers.run`` returns what each
-returned, or raises what any of them raised. A group that fails or hangs is killed, whole, and started again.
+A job is a function of ``tests.helpers.jobs``, or ``other.job`` of ``tests.helpers.other``, with JSON arguments; every rank
+runs it, and ``Workers.run`` returns what each returned, or raises what any of them raised. A group that fails or hangs is
+killed, whole, and started again.
 """
 
 import contextlib
@@ -151,17 +152,22 @@ def free_port() -> int:
         return probe.getsockname()[1]
 
 
+def _job(name: str):
+    module, _, function = name.rpartition(".")
+    return getattr(importlib.import_module(f"tests.helpers.{module or 'jobs'}"), function)
+
+
 def _serve() -> None:
     """One rank: reads jobs from standard input, answers on the original standard output; prints go to the log."""
     answers = os.fdopen(os.dup(1), "w", buffering=1)
     os.dup2(2, 1)
     faulthandler.register(signal.SIGUSR1)
-    jobs = importlib.import_module("tests.helpers.jobs")
+    importlib.import_module("tests.helpers.jobs")  # takes its time once
     for line in sys.stdin:
         request = json.loads(line)
         os.environ["MASTER_PORT"] = str(request["port"])
         try:
-            answer = {"result": getattr(jobs, request["job"])(**request["arguments"])}
+            answer = {"result": _job(request["job"])(**request["arguments"])}
         except Exception as error:
             traceback.print_exc()
             answer = {"kind": type(error).__name__, "error": f"{error}\n{traceback.format_exc()}"}

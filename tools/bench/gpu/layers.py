@@ -54,7 +54,9 @@ def _forward(mesh: Mesh, scale: small.Scale, precision: str, layers: str, rows: 
     """Logits [tokens, vocabulary] on the host and the mean loss (nats)."""
     config = small.small_config(precision, scale.seq_length)
     engine = small.make_engine(config, scale.shape(), mesh, train=False, layers=layers, std=STD)
-    logits = torch.cat(engine.forward_logits(rows, lambda output, batch: output.float().squeeze(0).cpu()))
+    logits = torch.cat(
+        engine.forward_logits(engine.prepare_each(rows), lambda output, *_: output.float().squeeze(0).cpu())
+    )
     loss, targets = engine.evaluate(len(rows), rows.__getitem__).sum(dim=0).tolist()
     _check_layers(engine, layers)
     return logits, loss / targets

@@ -1,0 +1,43 @@
+"""Texts and what goes on behind them, as requests to the model."""
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from cpt_mega.data.tokenizer import TextTokenizer
+from cpt_mega.errors import InputError
+from cpt_mega.gates.requests import Request
+
+
+class Encoder:
+    """A tokenizer's habits: BOS where it adds one, special tokens only where it puts them.
+
+    A text and its continuation are encoded as one, for that is how the model has seen text: encoded apart, a blank between
+    them could become a token that it never saw there. What is scored are the tokens from the first on that the text alone
+    does not have.
+    """
+
+    def __init__(self, tokenizer: TextTokenizer):
+        self.tokenizer = tokenizer
+        self._front = [tokenizer.bos_id] if tokenizer.adds_bos else []
+        # Something must come before the first token that is scored; in a stream of documents it is the end of the last one.
+        self._start = [tokenizer.eos_id if tokenizer.bos_id is None else tokenizer.bos_id]
+
+    def continued(self, pairs: Sequence[tuple[str, str]]) -> list[Request]:
+        """A request for each text and its continuation. Raises InputError for a continuation that has no token."""
+        before = self.tokenizer.encode_batch([text for text, _ in pairs])
+        whole = self.tokenizer.encode_batch([text + more for text, more in pairs])
+        for (_, more), ids in zip(pairs, whole, strict=True):
+            if not ids:
+                raise InputError("items", more, "has no token under this tokenizer; leave the item out")
+        return [self._request(*ids) for ids in zip(before, whole, strict=True)]
+
+    def documents(self, texts: Sequence[str]) -> list[list[int]]:
+        """Token ids of documents as a corpus stores them."""
+        return [self.tokenizer.document_ids(ids) for ids in self.tokenizer.encode_batch(texts)]
+
+    def _request(self, before: list[int], whole: list[int]) -> Request:
+        same = next((i for i, (a, b) in enumerate(zip(before, whole, strict=False)) if a != b), len(before))
+        first = min(same, len(whole) - 1)
+        front = self._front or ([] if first else self._start)
+        return Request(np.array([*front, *whole], np.int64), len(front) + first)

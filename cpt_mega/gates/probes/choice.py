@@ -1,0 +1,108 @@
+"""Multiple choice by likelihood: which continuation the model finds likeliest.
+
+Scores as lm-evaluation-harness has them: ``acc`` by the log-probability, ``acc_norm`` by that a byte of the choice (of a
+letter alone there is nothing to divide by). ``brier`` is the squared distance of the choices' probabilities, made to sum to
+one, from the right answer (Brier 1950): it moves where the likeliest choice does not change yet.
+"""
+
+import math
+from collections.abc import Sequence
+from statistics import fmean
+from typing import Literal
+
+from cpt_mega.gates.encoding import Encoder
+from cpt_mega.gates.items import LETTERS, ChoiceItem
+from cpt_mega.gates.probes.probe import ItemScore, Reading
+from cpt_mega.gates.requests import Likelihood
+
+Style = Literal["cloze", "letters", "continuation"]
+
+
+class Choice:
+    """Items with a right choice; ``shown`` are put before each, with their answers, and not scored."""
+
+    is_binary = True
+
+    def __init__(
+        self,
+        name: str,
+        bucket: str,
+        items: Sequence[ChoiceItem],
+        encoder: Encoder,
+        style: Style = "cloze",
+        metric: str = "acc",
+        shown: Sequence[ChoiceItem] = (),
+    ):
+        self.name, self.bucket, self.metric = name, bucket, metric
+        self._items, self._style = list(items), style
+        before = "".join(f"{_prompt(item, style)}{_endings(item, style)[item.answer]}\n\n" for item in shown)
+        self._pairs = [
+            (before + _prompt(item, style), ending) for item in self._items for ending in _endings(item, style)
+        ]
+        self.requests = encoder.continued(self._pairs)
+
+    def identity(self) -> object:
+        """See Probe."""
+        answers = [[item.id, item.answer] for item in self._items]
+        return ["choice", self.name, self.bucket, self.metric, self._style, answers, self._pairs]
+
+    def items(self, answers: Sequence[Likelihood]) -> list[ItemScore]:
+        """See Probe."""
+        found, at = [], 0
+        for item in self._items:
+            found.append(self._score(item, answers[at : at + len(item.choices)]))
+            at += len(item.choices)
+        return found
+
+    def readings(self, items: Sequence[ItemScore]) -> list[Reading]:
+        """See Probe."""
+        metrics = [self.metric, *(name for name in ("acc", "acc_norm", "brier") if name != self.metric)]
+        return [Reading(metric, fmean(item.values[metric] for item in items), len(items)) for metric in metrics]
+
+    def _score(self, item: ChoiceItem, answers: Sequence[Likelihood]) -> ItemScore:
+        logprobs = [answer.logprob for answer in answers]
+        sizes = [len(ending.encode()) for ending in _endings(item, self._style)]
+        likeliest = _first_largest(logprobs)
+        per_byte = _first_largest([logprob / size for logprob, size in zip(logprobs, sizes, strict=True)])
+        shares = _normalised(logprobs)
+        brier = sum((share - (place == item.answer)) ** 2 for place, share in enumerate(shares))
+        values = {
+            "acc": float(likeliest == item.answer),
+            "acc_norm": float(per_byte == item.answer),
+            "brier": brier,
+            "share": shares[item.answer],
+            "chosen": float(likeliest),
+        }
+        return ItemScore(item.id, values[self.metric], values)
+
+
+def _prompt(item: ChoiceItem, style: Style) -> str:
+    if style == "continuation":
+        return item.question
+    listed = [f"{letter}. {choice}" for letter, choice in zip(LETTERS, item.choices, strict=False)]
+    lines = [f"Question: {item.question}", *(listed if style == "letters" else ()), "Answer:"]
+    return "\n".join(lines)
+
+
+def _endings(item: ChoiceItem, style: Style) -> list[str]:
+    """What is scored behind the prompt; a blank before a word is part of its token."""
+    return [
+        f" {letter if style == 'letters' else choice}" for letter, choice in zip(LETTERS, item.choices, strict=False)
+    ]
+
+
+def _first_largest(values: Sequence[float]) -> int:
+    return max(range(len(values)), key=lambda place: (_number(values[place]), -place))
+
+
+def _number(value: float) -> float:
+    """A model that is lost has no likeliest choice: NaN is below everything."""
+    return -math.inf if math.isnan(value) else value
+
+
+def _normalised(logprobs: Sequence[float]) -> list[float]:
+    largest = max(map(_number, logprobs))
+    if not math.isfinite(largest):
+        return [1 / len(logprobs)] * len(logprobs)
+    weights = [math.exp(_number(value) - largest) for value in logprobs]
+    return [weight / sum(weights) for weight in weights]

@@ -1,0 +1,55 @@
+"""What all probes are: fixed items, requests for them, and scores from the answers."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Protocol
+
+from cpt_mega.gates.requests import Likelihood, Request
+
+
+@dataclass(frozen=True)
+class ItemScore:
+    """What was found of one item.
+
+    Attributes:
+        id: the item's; unique in its probe.
+        score: what is compared with that of step 0; higher is better.
+        values: all that was measured, so that every reading and rule can be computed again from these lines.
+    """
+
+    id: str
+    score: float
+    values: Mapping[str, float] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Reading:
+    """One number over all items of a probe: ``n`` of what it is a mean over (items, or target tokens)."""
+
+    metric: str
+    value: float
+    n: int
+
+
+class Probe(Protocol):
+    """One kind of measurement over fixed items.
+
+    Attributes:
+        name, bucket: as the suite has them.
+        is_binary: whether scores are right (1) or wrong (0).
+        requests: what the model is asked, the same at every look.
+    """
+
+    name: str
+    bucket: str
+    is_binary: bool
+    requests: Sequence[Request]
+
+    def identity(self) -> object:
+        """Plain values that name everything but the model that a score depends on."""
+
+    def items(self, answers: Sequence[Likelihood]) -> list[ItemScore]:
+        """Scores from the answers to ``requests``, in the order of the items."""
+
+    def readings(self, items: Sequence[ItemScore]) -> list[Reading]:
+        """Numbers over all items; the first is the one to look at."""

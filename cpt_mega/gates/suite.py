@@ -1,0 +1,251 @@
+"""From a suite file, or the held-out sets of a configuration, to probes; and one look with all of them.
+
+A probe's digest is its name for good: two results may be compared when it is the same. It covers items, prompts and order,
+windows, tokenizer and the version of all this code (``FORMAT``), and not the packing, which changes no score.
+"""
+
+import json
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from cpt_mega.config.load import load_sections
+from cpt_mega.config.schema import Config
+from cpt_mega.data.heldout import heldout_documents
+from cpt_mega.data.indexed import IndexedCorpus
+from cpt_mega.data.sources import corpus_identity, open_corpus
+from cpt_mega.data.tokenizer import TextTokenizer
+from cpt_mega.engine.step import Engine
+from cpt_mega.errors import InputError
+from cpt_mega.gates import items as files
+from cpt_mega.gates.asking import score_requests
+from cpt_mega.gates.encoding import Encoder
+from cpt_mega.gates.probes.answers import Answers
+from cpt_mega.gates.probes.boundaries import Boundaries
+from cpt_mega.gates.probes.choice import Choice
+from cpt_mega.gates.probes.lists import list_items
+from cpt_mega.gates.probes.perplexity import Perplexity, ScoredDocument, perplexity_of
+from cpt_mega.gates.probes.probe import ItemScore, Probe, Reading
+from cpt_mega.gates.suite_schema import (
+    AnswerOptions,
+    BoundaryOptions,
+    ChoiceOptions,
+    ListOptions,
+    PerplexityOptions,
+    ProbeOptions,
+    SuiteOptions,
+)
+from cpt_mega.lineage import combined_digest, text_digest
+
+FORMAT = 1  # another one where the same items would be asked or scored in another way
+
+
+@dataclass(frozen=True)
+class Suite:
+    """Probes, and the length of the rows that their requests are packed into; ``digests`` by probe."""
+
+    name: str
+    row_tokens: int
+    probes: tuple[Probe, ...]
+    digests: dict[str, str]
+
+    @property
+    def digest(self) -> str:
+        """One name for all of it."""
+        return text_digest(json.dumps(sorted(self.digests.items())))
+
+    def digests_by_bucket(self) -> dict[str, str]:
+        """One name for the probes of each bucket."""
+        buckets = sorted({probe.bucket for probe in self.probes})
+        return {
+            bucket: combined_digest(sorted(self.digests[probe.name] for probe in self.probes if probe.bucket == bucket))
+            for bucket in buckets
+        }
+
+    @property
+    def perplexity_buckets(self) -> set[str]:
+        """Buckets whose perplexity is measured."""
+        return {probe.bucket for probe in self.probes if isinstance(probe, Perplexity)}
+
+    def joined(self, other: "Suite") -> "Suite":
+        """Both in one look. Raises InputError where they have a probe of one name."""
+        twice = sorted(self.digests.keys() & other.digests.keys())
+        if twice:
+            raise InputError("gates.suite", twice[0], "eval.sets has a set of this name; name the probe otherwise")
+        return Suite(other.name, self.row_tokens, self.probes + other.probes, self.digests | other.digests)
+
+
+@dataclass(frozen=True)
+class Found:
+    """What a look found of a probe."""
+
+    probe: Probe
+    items: list[ItemScore]
+
+    @property
+    def readings(self) -> list[Reading]:
+        """See Probe."""
+        return self.probe.readings(self.items)
+
+    def to_json(self) -> list[dict]:
+        """A line for each reading."""
+        names = {"bucket": self.probe.bucket, "probe": self.probe.name}
+        return [{**names, "metric": r.metric, "value": r.value, "n": r.n} for r in self.readings]
+
+
+def open_suite(path: Path, tokenizer: TextTokenizer, vocab_size: int, longest: int) -> Suite:
+    """Reads a suite and all of its items.
+
+    Args:
+        vocab_size, longest: of the model: its token ids, and the tokens of a text that it can read.
+
+    Raises InputError for anything that is wrong in the suite or its items, or that the model cannot read.
+    """
+    options = load_sections(path, SuiteOptions, "suite")
+    maker = _Maker(path.parent, tokenizer, vocab_size, min(options.row_tokens, longest))
+    probes = tuple(maker.made(probe) for probe in options.probes)
+    for probe in probes:
+        most = max(request.inputs for request in probe.requests)
+        if most > longest:
+            fix = f"an item has {most} tokens, and the model reads {longest}; leave it out, or show fewer examples"
+            raise InputError(f"suite probe {probe.name}", probe.name, fix)
+    return Suite(options.name, options.row_tokens, probes, _digests(probes, tokenizer.digest))
+
+
+def held_out_suite(config: Config, tokenizer_digest: str, vocab_size: int) -> Suite:
+    """The sets of ``eval.sets`` as probes. Raises InputError when one is unusable or was made by another tokenizer."""
+    window, names, probes = config.train.seq_length, Counter(), []
+    for option in config.eval.sets:
+        corpus = open_corpus(f"eval.sets {option.bucket}", option.path, tokenizer_digest, vocab_size)
+        name = Path(option.path).name
+        names[name] += 1
+        again = f"-{names[name]}" if names[name] > 1 else ""  # files of one name in several folders
+        documents = _of_corpus(corpus, config.eval.max_tokens, vocab_size)
+        identity = [corpus_identity(corpus.prefix), config.eval.max_tokens]
+        probes.append(Perplexity(name + again, option.bucket, documents, window, identity))
+    return Suite("eval.sets", window, tuple(probes), _digests(probes, tokenizer_digest))
+
+
+def take_look(
+    engine: Engine,
+    suite: Suite,
+    stops: Callable[[], bool] = lambda: False,
+    advance: Callable[[int], None] = lambda requests: None,
+) -> list[Found]:
+    """Scores all items of all probes, packed together. Changes no weight, generator or data state.
+
+    A collective; the same on all ranks. ``stops``, ``advance`` and what is raised: as ``score_requests`` has it.
+    """
+    requests = [request for probe in suite.probes for request in probe.requests]
+    answers, found = iter(score_requests(engine, requests, suite.row_tokens, stops, advance)), []
+    for probe in suite.probes:
+        found.append(Found(probe, probe.items([next(answers) for _ in probe.requests])))
+    return found
+
+
+def perplexity_by_bucket(found: Sequence[Found]) -> dict[str, float]:
+    """Over all target tokens of a bucket's perplexity probes."""
+    sums: dict[str, tuple[float, int]] = {}
+    for one in found:
+        if isinstance(one.probe, Perplexity):
+            nll, n = sums.get(one.probe.bucket, (0.0, 0))
+            more = [(item.values["nll"], int(item.values["targets"])) for item in one.items]
+            sums[one.probe.bucket] = nll + sum(x for x, _ in more), n + sum(x for _, x in more)
+    return {bucket: perplexity_of(*total) for bucket, total in sums.items()}
+
+
+class _Maker:
+    """Makes probes of options; one method a kind."""
+
+    def __init__(self, folder: Path, tokenizer: TextTokenizer, vocab_size: int, window: int):
+        self.folder, self.tokenizer, self.vocab_size, self.window = folder, tokenizer, vocab_size, window
+        self.encoder = Encoder(tokenizer)
+
+    def made(self, options: ProbeOptions) -> Probe:
+        return getattr(self, f"_{options.kind}")(options)
+
+    def _choice(self, options: ChoiceOptions) -> Choice:
+        shown, items = _split(files.read_choices(self.folder / options.items), options)
+        metric = options.metric or ("acc" if options.style == "letters" else "acc_norm")
+        return Choice(options.name, options.bucket, items, self.encoder, options.style, metric, shown)
+
+    def _answers(self, options: AnswerOptions) -> Answers:
+        shown, items = _split(files.read_answers(self.folder / options.items), options)
+        return Answers(options.name, options.bucket, items, self.encoder, shown)
+
+    def _lists(self, options: ListOptions) -> Choice:
+        items = first_items(list_items(options.count, options.shots, options.longest, options.seed), options.max_items)
+        return Choice(options.name, options.bucket, items, self.encoder, "continuation", "acc")
+
+    def _boundaries(self, options: BoundaryOptions) -> Boundaries:
+        items = first_items(files.read_pairs(self.folder / options.items), options.max_items)
+        return Boundaries(options.name, options.bucket, items, self.encoder)
+
+    def _perplexity(self, options: PerplexityOptions) -> Perplexity:
+        path = self.folder / options.items
+        if path.suffix != ".jsonl":
+            corpus = open_corpus(f"suite probe {options.name}", str(path), self.tokenizer.digest, self.vocab_size)
+            documents = _of_corpus(corpus, options.max_tokens, self.vocab_size, self.tokenizer)
+            identity = [corpus_identity(corpus.prefix), options.max_tokens, options.max_items]
+            return Perplexity(
+                options.name, options.bucket, first_items(documents, options.max_items), self.window, identity
+            )
+        items = first_items(files.read_texts(path, options.field), options.max_items)
+        texts = [item.text for item in items]
+        documents = [
+            ScoredDocument(item.id, np.array(ids, np.int64), size=len(item.text.encode()))
+            for item, ids in zip(items, self.encoder.documents(texts), strict=True)
+        ]
+        documents = list(_up_to(documents, options.max_tokens))
+        if not documents:
+            raise InputError(f"suite probe {options.name}", str(path), "holds no text of two tokens")
+        return Perplexity(options.name, options.bucket, documents, self.window, [[d.id for d in documents], texts])
+
+
+def first_items(items: Sequence, most: int | None) -> list:
+    """At most so many items, always the same, from all over the file; in its order."""
+    if most is None or len(items) <= most:
+        return list(items)
+    kept = set(sorted(range(len(items)), key=lambda place: text_digest(items[place].id))[:most])
+    return [item for place, item in enumerate(items) if place in kept]
+
+
+def _split(items: list, options: ChoiceOptions | AnswerOptions) -> tuple[list, list]:
+    """What is shown, and what is scored."""
+    if len(items) <= options.shots:
+        fix = f"the file has {len(items)} items; show fewer"
+        raise InputError(f"suite probe {options.name} shots", options.shots, fix)
+    return items[: options.shots], first_items(items[options.shots :], options.max_items)
+
+
+def _of_corpus(
+    corpus: IndexedCorpus, max_tokens: int, vocab_size: int, tokenizer: TextTokenizer | None = None
+) -> list[ScoredDocument]:
+    """Held-out documents; a tokenizer tells how many bytes each has."""
+    return [
+        ScoredDocument(f"{number:08d}", tokens, counts, None if tokenizer is None else _bytes(tokenizer, tokens))
+        for number, tokens, counts in heldout_documents(corpus, max_tokens, vocab_size)
+    ]
+
+
+def _bytes(tokenizer: TextTokenizer, tokens: np.ndarray) -> int:
+    """Of a document's text: BOS and EOS are none."""
+    ids = tokens.tolist()
+    start, end = tokenizer.text_range(ids)
+    return len(tokenizer.decode(ids[start:end]).encode())
+
+
+def _up_to(documents: Sequence[ScoredDocument], tokens: int) -> Iterator[ScoredDocument]:
+    """Whole documents, as long as they begin before so many tokens."""
+    taken = 0
+    for document in documents:
+        if taken < tokens and len(document.tokens) > 1:
+            yield document
+        taken += len(document.tokens)
+
+
+def _digests(probes: Sequence[Probe], tokenizer_digest: str) -> dict[str, str]:
+    return {probe.name: text_digest(json.dumps([FORMAT, tokenizer_digest, probe.identity()])) for probe in probes}

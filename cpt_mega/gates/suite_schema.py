@@ -1,0 +1,78 @@
+"""What a suite file may say: probes of several kinds, each with its items.
+
+Paths are relative to the suite file. Every probe scores all of its items at every look, or the same first ones of a fixed
+order, so that each can be compared with itself at step 0.
+"""
+
+from typing import Annotated, Literal
+
+from pydantic import Field, model_validator
+
+from cpt_mega.config.schema import NonNegativeInt, PositiveInt, Section
+
+Bucket = Literal["domain", "general", "behaviour", "safety"]
+
+
+class ProbeOptions(Section):
+    name: str = Field(min_length=1, pattern=r"^[\w.-]+$", description="name in results; one suite has each once")
+    bucket: Bucket = Field(description="the bucket its score counts for")
+    max_items: PositiveInt | None = Field(None, description="items that are scored at most; none: all")
+
+
+class PerplexityOptions(ProbeOptions):
+    kind: Literal["perplexity"]
+    items: str = Field(description="JSONL with a text field, or the prefix of a corpus' .bin and .idx files")
+    field: str = Field("text", description="of a JSONL line, which has the text")
+    max_tokens: PositiveInt = Field(262_144, description="tokens that are scored, from the start")
+
+
+class FewShotOptions(ProbeOptions):
+    items: str = Field(description="JSONL, or MMLU's CSV, with questions and answers")
+    shots: NonNegativeInt = Field(0, description="items from the start of the file that are shown and never scored")
+
+
+class ChoiceOptions(FewShotOptions):
+    kind: Literal["choice"]
+    style: Literal["cloze", "letters", "continuation"] = Field(
+        "cloze",
+        description="cloze: each choice behind 'Answer:'; letters: choices are listed, and their letters scored; "
+        "continuation: each choice behind the text",
+    )
+    metric: Literal["acc", "acc_norm"] | None = Field(
+        None, description="what gates compare: the likeliest choice, or the likeliest per byte; none: acc for letters"
+    )
+
+
+class AnswerOptions(FewShotOptions):
+    kind: Literal["answers"]
+
+
+class ListOptions(ProbeOptions):
+    kind: Literal["lists"]
+    count: PositiveInt = Field(200, description="items that are generated")
+    shots: PositiveInt = Field(6, description="examples in each")
+    longest: int = Field(5, ge=3, description="numbers in a list at most")
+    seed: NonNegativeInt = Field(1, description="of the generated lists")
+
+
+class BoundaryOptions(ProbeOptions):
+    kind: Literal["boundaries"]
+    items: str = Field(description="JSONL of pairs of documents: first, second, target")
+
+
+AnyProbe = Annotated[
+    PerplexityOptions | ChoiceOptions | AnswerOptions | ListOptions | BoundaryOptions, Field(discriminator="kind")
+]
+
+
+class SuiteOptions(Section):
+    name: str = Field(min_length=1, description="of the suite, in results")
+    row_tokens: PositiveInt = Field(2048, description="of the rows that items are packed into")
+    probes: tuple[AnyProbe, ...] = Field(min_length=1, description="what is measured")
+
+    @model_validator(mode="after")
+    def _names(self) -> "SuiteOptions":
+        names = [probe.name for probe in self.probes]
+        if len(set(names)) < len(names):
+            raise ValueError("probes: two have one name; give each its own")
+        return self

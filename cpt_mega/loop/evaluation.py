@@ -1,0 +1,152 @@
+"""Looks: all probes at step 0, at their times and at the end; the rules on what they found.
+
+Every item's score is a line of ``items.jsonl``, so that readings and verdicts can be computed again. The step-0 score of each
+item is part of every checkpoint, under the digest of its probe: what was measured on other items is no baseline.
+"""
+
+import math
+import time
+from collections.abc import Sequence
+
+from rich.console import Console
+
+from cpt_mega.gates.asking import Interrupted
+from cpt_mega.gates.looks import look_due
+from cpt_mega.gates.rules import Verdict, general_perplexity
+from cpt_mega.gates.suite import Found, Suite, perplexity_by_bucket, take_look
+from cpt_mega.loop.callbacks import Control, NullCallback, finite
+from cpt_mega.loop.reporters import Reporter
+from cpt_mega.loop.run_folder import RunFolder
+from cpt_mega.loop.trainer import Trainer
+
+
+class Evaluation(NullCallback):
+    """Takes looks and judges. ``control`` ends a look, within a few micro-batches, when the run is asked to end."""
+
+    def __init__(
+        self, suite: Suite, folder: RunFolder, reporters: Sequence[Reporter], console: Console, control: Control
+    ):
+        self.suite, self.folder, self.reporters, self.console = suite, folder, reporters, console
+        self.control = control
+
+    def on_start(self, trainer: Trainer) -> None:
+        """Takes the baseline of every probe that has none: all at step 0, new ones when the items were changed later.
+
+        Judges where nothing is trained and the checkpoint's run has a baseline, where a gate stopped the run, and where a stop
+        came into the middle of a look.
+        """
+        only_judges = not trainer.config.train.tokens and bool(trainer.state.baseline)
+        try:
+            if self._missing(trainer):
+                self._take_baseline(trainer)
+            if trainer.state.gate_stop or trainer.state.look_pending or only_judges:
+                self._judge(trainer)  # a verdict holds until the same judge says otherwise
+        except Interrupted:
+            self.control.on_boundary(trainer, 0)
+
+    def on_boundary(self, trainer: Trainer, tokens: int) -> None:
+        now = trainer.state.tokens
+        due = look_due(trainer.config, now - tokens, now) or trainer.ends_here
+        if not (due and trainer.state.judged_step != trainer.state.step and self.suite.probes):
+            return
+        trainer.settle()
+        trainer.state.look_pending = True
+        try:
+            self._judge(trainer)
+        except Interrupted:
+            self.control.on_boundary(trainer, tokens)
+
+    def _missing(self, trainer: Trainer) -> list[str]:
+        """Probes without a baseline, and those of buckets without one."""
+        state, digests = trainer.state, self.suite.digests
+        unknown = self.suite.perplexity_buckets - state.baseline.keys()
+        return [p.name for p in self.suite.probes if digests[p.name] not in state.item_baseline or p.bucket in unknown]
+
+    def _take_baseline(self, trainer: Trainer) -> None:
+        state, missing = trainer.state, self._missing(trainer)
+        found = self._look(trainer)
+        for one in found:
+            if one.probe.name in missing:
+                scores = {item.id: item.score for item in one.items if math.isfinite(item.score)}
+                state.item_baseline = {**state.item_baseline, self.suite.digests[one.probe.name]: scores}
+        values = perplexity_by_bucket(found)
+        taken = {bucket: values[bucket] for bucket in sorted(values.keys() - state.baseline.keys())}
+        state.baseline = {**state.baseline, **taken}
+        place = {"step": state.step, "tokens": state.tokens}
+        readings = {one.probe.name: one.to_json()[0]["value"] for one in found if one.probe.name in missing}
+        digests = {name: self.suite.digests[name] for name in missing}
+        self.folder.decide({"kind": "baseline", **place, "perplexity": taken, "readings": readings, "digests": digests})
+
+    def _judge(self, trainer: Trainer) -> None:
+        if not self.suite.probes:
+            return
+        found, state = self._look(trainer), trainer.state
+        state.judged_step, state.look_pending, state.gate_stop = state.step, False, ""
+        values = perplexity_by_bucket(found)
+        verdict = self._verdict(trainer, values)
+        self._remember(trainer, values, "none" if verdict is None else verdict.action)
+        if verdict is None:
+            return
+        self.folder.decide({"kind": "verdict", "step": state.step, "tokens": state.tokens, **verdict.to_json()})
+        if verdict.action == "stop":
+            state.gate_stop = verdict.reason
+            trainer.stop("gate_stop", verdict.reason)
+
+    def _remember(self, trainer: Trainer, values: dict[str, float], action: str) -> None:
+        """Puts the look into the state, in place of an earlier one at the same step."""
+        state = trainer.state
+        look = {"step": state.step, "tokens": state.tokens, "perplexity": values, "action": action}
+        state.gate_history = [*(x for x in state.gate_history if x["step"] != state.step), look]
+
+    def _verdict(self, trainer: Trainer, now: dict[str, float]) -> Verdict | None:
+        limit = trainer.config.gates.general_perplexity_limit
+        return None if limit is None else general_perplexity(trainer.state.baseline, now, limit)
+
+    def _look(self, trainer: Trainer) -> list[Found]:
+        """Raises Interrupted, on all ranks, when the run is asked to end meanwhile; nothing is written then."""
+        begin = time.perf_counter()
+        found = take_look(trainer.engine, self.suite, lambda: self.control.ends(trainer))
+        if self.folder.writes:
+            self._write(trainer, found)
+            self._say(trainer, found, time.perf_counter() - begin)
+        return found
+
+    def _write(self, trainer: Trainer, found: Sequence[Found]) -> None:
+        place = {"step": trainer.state.step, "tokens": trainer.state.tokens}
+        for one in found:
+            for reading in one.to_json():
+                self.folder.metric({"kind": "eval", **place, **reading})
+        self.folder.items(
+            {**place, "probe": one.probe.name, "bucket": one.probe.bucket, "id": item.id}
+            | {"score": finite(item.score), "values": {name: finite(value) for name, value in item.values.items()}}
+            for one in found
+            for item in one.items
+        )
+
+    def _say(self, trainer: Trainer, found: Sequence[Found], seconds: float) -> None:
+        values = perplexity_by_bucket(found)
+        words = [
+            _change(f"{bucket} perplexity", value, trainer.state.baseline.get(bucket))
+            for bucket, value in values.items()
+        ]
+        words += [
+            f"{one.probe.name} {one.readings[0].metric}: {one.readings[0].value:.4g}" for one in self._others(found)
+        ]
+        self.console.print(
+            f" validation at iteration {trainer.state.step:8d} | {' | '.join(words)} | {seconds:.1f} s |", style="bold"
+        )
+        losses = {f"lm loss validation/{name}": math.log(value) for name, value in values.items()}
+        scalars = {"lm loss validation": sum(losses.values()) / len(losses), **losses} if losses else {}
+        scalars.update({f"lm loss validation ppl/{name}": value for name, value in values.items()})
+        for one in self._others(found):
+            scalars.update({f"probes/{one.probe.name}/{reading.metric}": reading.value for reading in one.readings})
+        for reporter in self.reporters:
+            reporter.scalars(trainer.state.step, scalars)
+
+    def _others(self, found: Sequence[Found]) -> list[Found]:
+        """What is not told as the perplexity of its bucket alone."""
+        return [one for one in found if len(one.readings) > 1]
+
+
+def _change(name: str, value: float, base: float | None) -> str:
+    return f"{name}: {value:.3f}" + (f" ({value / base - 1:+.1%})" if base else "")

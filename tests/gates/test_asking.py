@@ -1,0 +1,106 @@
+"""Requests at every layout against transformers, each asked alone."""
+
+import random
+
+import pytest
+import torch
+
+from tests.helpers.workers import JobFailed
+
+LAYOUTS = {
+    "one": (1, []),
+    "tp2_sp": (2, ["parallel.tp=2", "parallel.sp=true"]),
+    "pp2": (2, ["parallel.pp=2"]),
+    "pp2_vpp2": (2, ["parallel.pp=2", "parallel.vpp=2"]),
+    "dp2": (2, []),
+    "cp2": (2, ["parallel.cp=2"]),
+    "tp2_pp2": (4, ["parallel.tp=2", "parallel.sp=true", "parallel.pp=2"]),
+    "pp2_dp2": (4, ["parallel.pp=2"]),
+    "cp2_dp2": (4, ["parallel.cp=2"]),
+}
+OFTEN = ("one", "tp2_sp", "pp2_vpp2", "cp2", "dp2")
+
+
+@pytest.fixture(scope="module")
+def requests() -> list[dict]:
+    """Short and long ones; some behind another document; some of which not all counts."""
+    draw = random.Random(3)
+    found = []
+    for number in range(41):
+        tokens = [draw.randrange(1, 300) for _ in range(draw.choice((2, 3, 9, 30, 47)))]
+        first = draw.randrange(1, len(tokens))
+        before = [draw.randrange(1, 300) for _ in range(5)] if number % 4 == 0 else []
+        counts = [draw.random() < 0.5 for _ in tokens] if number % 5 == 0 else None
+        if counts:
+            counts[-1] = True
+            counts = [False] * len(before) + counts
+        lengths = [len(before), len(tokens)] if before else []
+        found.append({"tokens": before + tokens, "first": len(before) + first, "lengths": lengths, "counts": counts})
+    return found
+
+
+@pytest.fixture(scope="module")
+def expected(jobsite, requests) -> list[dict]:
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(jobsite.hf, dtype=torch.float32).eval()
+    return [_alone(model, **request) for request in requests]
+
+
+def _alone(model, tokens, first, lengths, counts) -> dict:
+    start = lengths[0] if lengths else 0
+    ids = torch.tensor(tokens[start:])
+    with torch.no_grad():
+        logits = model(ids[None]).logits[0]
+    scored = [place for place in range(first, len(tokens)) if counts is None or counts[place]]
+    logprobs = [logits[place - start - 1].log_softmax(-1)[tokens[place]].item() for place in scored]
+    greedy = all(logits[place - start - 1].argmax().item() == tokens[place] for place in scored)
+    return {"logprob": sum(logprobs), "is_greedy": greedy, "targets": len(scored)}
+
+
+def ask(workers, jobsite, requests, row_tokens=64, world=1, overrides=(), **more) -> list:
+    """What each rank was answered."""
+    words = {"checkpoint": jobsite.checkpoint, "requests": requests, "overrides": ["precision=fp32", *overrides]}
+    return workers(world).run("gate_jobs.answers", **words, row_tokens=row_tokens, **more)
+
+
+@pytest.mark.parametrize(
+    "layout", [name if name in OFTEN else pytest.param(name, marks=pytest.mark.full) for name in LAYOUTS]
+)
+def test_each_request_has_the_log_probability_that_it_has_alone(workers, jobsite, requests, expected, layout):
+    world, overrides = LAYOUTS[layout]
+    by_rank = ask(workers, jobsite, requests, world=world, overrides=overrides)
+    assert all(found == by_rank[0] for found in by_rank)
+    for found, right in zip(by_rank[0], expected, strict=True):
+        assert found["logprob"] == pytest.approx(right["logprob"], abs=2e-5 * right["targets"])
+        assert (found["is_greedy"], found["targets"]) == (right["is_greedy"], right["targets"])
+
+
+def test_the_likeliest_continuation_is_greedy(workers, jobsite):
+    """Random tokens hardly ever are."""
+    from transformers import AutoModelForCausalLM
+
+    model, tokens = AutoModelForCausalLM.from_pretrained(jobsite.hf, dtype=torch.float32).eval(), [7, 11]
+    with torch.no_grad():
+        for _ in range(3):
+            tokens.append(model(torch.tensor([tokens])).logits[0, -1].argmax().item())
+    other = [*tokens[:-1], tokens[-1] ^ 1]
+    asked = [{"tokens": each, "first": 2, "lengths": [], "counts": None} for each in (tokens, other)]
+    assert [answer["is_greedy"] for answer in ask(workers, jobsite, asked, 8)[0]] == [True, False]
+
+
+@pytest.mark.parametrize("row_tokens", [1, 16, 128])
+def test_rows_of_any_length_give_the_same_answers(workers, jobsite, requests, expected, row_tokens):
+    """Shorter ones than a request are made longer."""
+    found = ask(workers, jobsite, requests, row_tokens)[0]
+    assert [answer["logprob"] for answer in found] == pytest.approx([right["logprob"] for right in expected], abs=1e-3)
+
+
+def test_a_look_is_given_up_on_all_ranks_when_it_is_asked_to(workers, jobsite, requests):
+    found = ask(workers, jobsite, requests, 48, 2, ["parallel.tp=2"], stop_at=1)
+    assert found == ["interrupted"] * 2
+
+
+def test_a_token_that_the_model_does_not_have_is_refused(workers, jobsite):
+    with pytest.raises(JobFailed, match="vocabulary of 301"):
+        ask(workers, jobsite, [{"tokens": [1, 2, 301], "first": 1, "lengths": [], "counts": None}])
