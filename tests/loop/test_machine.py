@@ -3,6 +3,7 @@
 import os
 import shutil
 import subprocess
+import sys
 import time
 
 import pytest
@@ -40,7 +41,7 @@ def test_a_folder_without_room_or_that_cannot_be_written(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize(("name", "found"), [("here", True), ("elsewhere", False)])
 def test_trainers_of_an_earlier_job(tmp_path, name, found):
-    command = ["bash", "-c", "sleep 60; true", "-m", "cpt_mega.train"]
+    command = [sys.executable, "-c", "import time; time.sleep(60)", "-m", "cpt_mega.train"]  # a shell would fork first
     left = subprocess.Popen(command, env={**os.environ, "SLURMD_NODENAME": name}, start_new_session=True)
     try:
         expected = [f"trainers of an earlier job still run: pid {left.pid}"] if found else []
