@@ -29,6 +29,7 @@ CORPUS_BYTES = {"domain": 3_000_000, "replay": 3_000_000}
 HELDOUT_BYTES = 60_000
 VOCABULARY = 2048
 SEQ_LENGTH = 256
+SIZES = {"hidden_size": 128, "intermediate_size": 352, "num_hidden_layers": 4, "max_position_embeddings": 1024}
 
 PRETRAIN = """\
 # How the quickstart makes its base model: a random Llama trained on the replay text, by the same trainer.
@@ -269,36 +270,16 @@ def make_texts(folder: Path) -> None:
 
 def make_model(folder: Path) -> None:
     """``work/hf_random``: a byte-level BPE tokenizer trained on both corpora and a random Llama, as a user would have them."""
-    import torch
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-    from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
-    from transformers.utils.logging import disable_progress_bar
+    from machine_model import byte_level_tokenizer, save_random_llama
 
-    disable_progress_bar()
-    tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    alphabet = pre_tokenizers.ByteLevel.alphabet()
-    trainer = trainers.BpeTrainer(
-        vocab_size=VOCABULARY, special_tokens=["<|endoftext|>"], initial_alphabet=alphabet, show_progress=False
-    )
     lines = (folder / "data" / name for name in ("domain.jsonl", "replay.jsonl"))
     texts = [json.loads(line)["text"] for path in lines for line in path.read_text().splitlines()]
-    tokenizer.train_from_iterator(texts, trainer)
-    target = folder / "work" / "hf_random"
-    wrapped = PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<|endoftext|>")
-    wrapped.save_pretrained(target)
-    torch.manual_seed(20)
-    config = LlamaConfig(
-        vocab_size=VOCABULARY, hidden_size=128, intermediate_size=352, num_hidden_layers=4, num_attention_heads=4,
-        num_key_value_heads=2, max_position_embeddings=1024, tie_word_embeddings=False, bos_token_id=None, eos_token_id=0,
-    )  # fmt: skip
-    model = LlamaForCausalLM(config)
-    model.save_pretrained(target)
+    tokenizer = byte_level_tokenizer(texts, VOCABULARY, ["<|endoftext|>"])
+    parameters = save_random_llama(folder / "work" / "hf_random", tokenizer, seed=20, **SIZES)
     _write_rows(folder, tokenizer)
     counts = Counter(token for text in texts[-2000:] for token in tokenizer.encode(text).ids)
     (folder / "work" / "unigram.json").write_text(json.dumps(_entropy(counts)))
-    print(f"  tokenizer of {VOCABULARY} tokens; Llama of {sum(p.numel() for p in model.parameters()):,} parameters")
+    print(f"  tokenizer of {VOCABULARY} tokens; Llama of {parameters:,} parameters")
 
 
 def _write_rows(folder: Path, tokenizer) -> None:

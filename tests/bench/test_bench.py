@@ -3,12 +3,14 @@
 import ast
 import importlib
 import json
+import random
 import subprocess
 import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
+from rich.console import Console
 
 from cpt_mega.data.best_fit import best_fit_rows
 
@@ -103,43 +105,66 @@ def test_help(words):
     assert "usage:" in done.stdout
 
 
+def test_a_run_killed_in_a_save_ends_as_the_one_that_nothing_happened_to(load, jobsite, workers, tmp_path):
+    """A fault of the campaign in one process: the real command, all of it killed, and the same command again.
+
+    The other run is made by processes that other tests need as well: it takes what two starts take.
+    """
+    sites, launches, injections = map(load, ("fault_site", "fault_launch", "fault_injections"))
+    site = sites.Site(tmp_path)
+    site.config.write_text(Path(jobsite.config).read_text() + "checkpoint: {rolling_interval_tokens: 200}\n")
+    workers(1).run("train", config=str(site.config), overrides=[f"run.dir={site.reference}"])
+    left = []
+
+    def in_a_later_save(launch, draw, times):
+        return launches.waited(launch, lambda: launches.newest_complete(launch.run) and launch.is_saving())
+
+    def kill_all(launch, draw, hits):
+        code = injections.kill_all(launch, draw, hits)
+        left.append((launches.newest_complete(launch.run), len(launches.unfinished(launch.run))))
+        return code
+
+    hits = injections.Hits("kill all in a save")
+    fault = injections.TrainerFault(kill_all, in_a_later_save)
+    fault(site, hits, 1, random.Random(1), (0.0, 0.0), Console(quiet=True))
+    assert not hits.problems and (hits.survived, hits.codes) == (1, {"-9": 1})
+    ((kept, begun),) = left
+    assert kept and begun == 1  # the second save or a later one, which did not come to its end
+    assert launches.restores(site.folder / "runs" / "kill_all_in_a_save.0") == [0, kept]
+
+
+def _campaign(folder: Path, *faults: str) -> list[dict]:
+    """What one injection of each of some faults comes to, in two processes and with a small corpus."""
+    words = ["--injections", "1", "--tokens", "1500", "--documents", "2000", "--folder", str(folder / "site")]
+    words += ["--output", "found.json", *(word for name in faults for word in ("--only", name))]
+    command = [sys.executable, str(BENCH / "faults.py"), *words]
+    done = subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=500)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return json.loads((folder / "found.json").read_text())["faults"]
+
+
 @pytest.mark.full
 def test_the_campaign_of_faults_in_short(tmp_path):
-    """All killed inside a save: the run ends as the one that nothing happened to."""
-    words = ["--injections", "1", "--tokens", "1500", "--folder", str(tmp_path / "site"), "--output", "found.json"]
-    faults = ["kill all in a save"]
-    command = [
-        sys.executable,
-        str(BENCH / "faults.py"),
-        *words,
-        *(word for name in faults for word in ("--only", name)),
-    ]
-    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=500)
-    assert done.returncode == 0, done.stdout + done.stderr
-    found = {one["fault"]: one for one in json.loads((tmp_path / "found.json").read_text())["faults"]}
-    assert [found[name]["injections"] for name in faults] == [found[name]["survived"] for name in faults] == [1]
-    assert [found[name]["codes"] for name in faults] == [{"-9": 1}]
+    """All killed inside a save, and an import too: they end as those that nothing happened to."""
+    found = _campaign(tmp_path, "kill all in a save", "kill import_hf")
+    assert [(one["injections"], one["survived"], one["codes"]) for one in found] == [(1, 1, {"-9": 1})] * 2
 
 
 @pytest.mark.full
 def test_one_rank_that_torchrun_replaces(tmp_path):
-    words = ["--injections", "1", "--tokens", "1500", "--folder", str(tmp_path / "site"), "--output", "found.json"]
-    command = [sys.executable, str(BENCH / "faults.py"), *words, "--only", "kill one rank, restarted by torchrun"]
-    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=500)
-    assert done.returncode == 0, done.stdout + done.stderr
-    (found,) = json.loads((tmp_path / "found.json").read_text())["faults"]
+    (found,) = _campaign(tmp_path, "kill one rank, restarted by torchrun")
     assert (found["survived"], found["codes"]) == (1, {"0": 1})
 
 
 def test_a_run_that_lost_a_step_did_not_survive(load, tmp_path):
     """What the campaign compares can fail."""
-    faults = load("faults")
+    launches = load("fault_launch")
     for name, steps in (("reference", [1, 2]), ("run", [1])):
         (tmp_path / name).mkdir()
         lines = [{"kind": "train", "step": step, "loss": 1.0, "tokens": step} for step in steps]
         (tmp_path / name / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-    assert any("last one is 1" in problem for problem in faults.differences(tmp_path / "reference", tmp_path / "run"))
-    assert faults.byte_differences(tmp_path / "reference", tmp_path / "run") == ["metrics.jsonl differs"]
+    assert any("last one is 1" in problem for problem in launches.differences(tmp_path / "reference", tmp_path / "run"))
+    assert launches.byte_differences(tmp_path / "reference", tmp_path / "run") == ["metrics.jsonl differs"]
 
 
 def test_a_section_that_breaks_is_in_the_report(load, tmp_path):

@@ -10,9 +10,10 @@ from pathlib import Path
 
 import sentencepiece
 import tokenizers
-from tokenizers import Regex, decoders, models, normalizers, pre_tokenizers, trainers
+from tokenizers import models, normalizers, pre_tokenizers, trainers
 
 from cpt_mega.data import word_patterns
+from tools.machine_model import byte_level_tokenizer
 
 SPECIALS = ["<|endoftext|>", "<|im_start|>"]
 ADDED = "<tool>"  # not special: found in texts
@@ -21,22 +22,7 @@ LONGEST_LINE = 2000  # SentencePiece's trainers are for sentences
 
 
 def _byte_level(pattern: str | None, normalizer: normalizers.Normalizer | None = None, **options) -> Callable:
-    def train(texts: Sequence[str], vocab_size: int) -> tokenizers.Tokenizer:
-        tokenizer = tokenizers.Tokenizer(models.BPE(**options))
-        letters = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=pattern is None)
-        cut = [pre_tokenizers.Split(Regex(pattern), "isolated"), letters] if pattern else None
-        tokenizer.pre_tokenizer = pre_tokenizers.Sequence(cut) if cut else letters
-        tokenizer.decoder = decoders.ByteLevel()
-        if normalizer is not None:
-            tokenizer.normalizer = normalizer
-        alphabet = pre_tokenizers.ByteLevel.alphabet()
-        trainer = trainers.BpeTrainer(
-            vocab_size=vocab_size, special_tokens=SPECIALS, initial_alphabet=alphabet, show_progress=False
-        )
-        tokenizer.train_from_iterator(texts, trainer)
-        return tokenizer
-
-    return train
+    return lambda texts, vocab_size: byte_level_tokenizer(texts, vocab_size, SPECIALS, pattern, normalizer, **options)
 
 
 def _byte_fallback(prepend: bool, cut: pre_tokenizers.PreTokenizer | None) -> Callable:
