@@ -87,7 +87,7 @@ POSITION = 0.05  # how far the share of a position may be from what chance would
 WORDS_OF_AN_ANSWER = 8
 WORDS_OF_A_PASSAGE = (120, 250)
 
-_WORD = re.compile(r"\w+(?:['’]\w+)*")  # noqa: RUF001
+_WORD = re.compile(r"\w+(?:['’]\w+)*")
 _NAME = "#"
 
 
@@ -141,7 +141,9 @@ def figures(items: Sequence[Item]) -> Figures:
 def problems(name: str, items: Sequence[Any]) -> list[str]:
     """What is wrong with the file called ``name`` (a key of ``CONTENTS``), one line each; empty when it is fit."""
     content = CONTENTS[name]
-    found = [problem for place, item in enumerate(items, 1) for problem in _item_problems(content, item, f"{name}:{place}")]
+    found = [
+        problem for place, item in enumerate(items, 1) for problem in _item_problems(content, item, f"{name}:{place}")
+    ]
     if found:
         return found
     repeated = [one for one, times in Counter(item["id"] for item in items).items() if times > 1]
@@ -192,6 +194,8 @@ def _item_problems(content: Content, item: Any, place: str) -> Iterable[str]:
             yield f"{place}: {len(item['choices'])} choices, answer {item['answer']}"
         if len(set(item["choices"])) < len(item["choices"]):
             yield f"{place}: a choice stands there more than once"
+        elif any(a != b and b.startswith(a) for a in item["choices"] for b in item["choices"]):
+            yield f"{place}: a choice is the beginning of another, which no likelihood can prefer to it"
     elif content.form is Short and not 1 <= len(item["answer"].split()) <= WORDS_OF_AN_ANSWER:
         yield f"{place}: {len(item['answer'].split())} words of answer"
     elif content.form is Pair:
@@ -274,7 +278,5 @@ def _near(
     pairs = []
     for i, grams in enumerate(left):
         common = Counter(j for gram in grams for j in holders.get(gram, ()))
-        pairs += [
-            (i, j) for j, n in common.items() if counts(i, j) and n / (len(grams) + len(right[j]) - n) > NEAR
-        ]
+        pairs += [(i, j) for j, n in common.items() if counts(i, j) and n / (len(grams) + len(right[j]) - n) > NEAR]
     return pairs
