@@ -8,7 +8,7 @@ import difflib
 import os
 import re
 import types
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any, TypeVar, get_args, get_origin
 
@@ -47,9 +47,19 @@ def build_config(values: dict, overrides: Iterable[str] = ()) -> Config:
     return config
 
 
-def load_sections(path: str | Path, model: type[Options], what: str) -> Options:
-    """Reads another file of options, such as a suite of gates, under the same rules; ``what`` is the field of its errors."""
-    return _validated(_read(Path(path), (), what), model)
+def load_sections(
+    path: str | Path,
+    model: type[Options],
+    what: str,
+    locate: Callable[[dict, Path], None] = lambda values, folder: None,
+) -> Options:
+    """Reads another file of options, such as a suite of gates, under the same rules.
+
+    Args:
+        what: the field that errors name.
+        locate: makes paths in the values of one file absolute, given its folder: a file that extends it may lie elsewhere.
+    """
+    return _validated(_read(Path(path), (), what, locate), model)
 
 
 def resolved_yaml(config: Config) -> str:
@@ -72,7 +82,12 @@ def differing_fields(old: dict, new: dict, prefix: str = "") -> Iterator[tuple[s
             yield f"{prefix}{name}", before, after
 
 
-def _read(path: Path, seen: tuple[Path, ...], what: str = "--config") -> dict:
+def _read(
+    path: Path,
+    seen: tuple[Path, ...],
+    what: str = "--config",
+    locate: Callable[[dict, Path], None] = lambda values, folder: None,
+) -> dict:
     if path.resolve() in seen:
         raise InputError("extends", str(path), "files extend each other in a circle; drop one 'extends'")
     try:
@@ -84,10 +99,11 @@ def _read(path: Path, seen: tuple[Path, ...], what: str = "--config") -> dict:
         raise InputError(what, str(path), f"is not valid YAML: {where}") from error
     if not isinstance(values, dict):
         raise InputError(what, str(path), "must be a mapping of its keys, as 'train:' and 'data:' in a configuration")
+    locate(values, path.parent)
     parent = values.pop("extends", None)
     if parent is None:
         return values
-    return _merged(_read(path.parent / _path("extends", str(parent)), (*seen, path.resolve()), what), values)
+    return _merged(_read(path.parent / _path("extends", str(parent)), (*seen, path.resolve()), what, locate), values)
 
 
 class _YamlLoader(yaml.SafeLoader):
@@ -301,7 +317,8 @@ def _inner_sections(sections: list[type[BaseModel]], part: str) -> list[type[Bas
     fields = [section.model_fields[part] for section in sections if part in section.model_fields]
     if fields:
         return [inner for field in fields for inner in _sections_of(field.annotation)]
-    return [section for section in sections if part in get_args(section.model_fields["kind"].annotation)]
+    of_kind = [s for s in sections if "kind" in s.model_fields and part in get_args(s.model_fields["kind"].annotation)]
+    return of_kind or sections  # a name that the user gave
 
 
 def _section_of(annotation: Any) -> type[BaseModel] | None:

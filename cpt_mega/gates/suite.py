@@ -104,9 +104,9 @@ def open_suite(path: Path, tokenizer: TextTokenizer, vocab_size: int, longest: i
 
     Raises InputError for anything that is wrong in the suite or its items, or that the model cannot read.
     """
-    options = load_sections(path, SuiteOptions, "suite")
-    maker = _Maker(path.parent, tokenizer, vocab_size, min(options.row_tokens, longest))
-    probes = tuple(maker.made(probe) for probe in options.probes)
+    options = load_sections(path, SuiteOptions, "suite", _locate)
+    maker = _Maker(tokenizer, vocab_size, min(options.row_tokens, longest))
+    probes = tuple(maker.made(name, probe) for name, probe in options.probes.items())
     for probe in probes:
         most = max(request.inputs for request in probe.requests)
         if most > longest:
@@ -157,52 +157,62 @@ def perplexity_by_bucket(found: Sequence[Found]) -> dict[str, float]:
     return {bucket: perplexity_of(*total) for bucket, total in sums.items()}
 
 
+def _locate(values: dict, folder: Path) -> None:
+    """Items lie beside the file that names them."""
+    probes = values.get("probes")
+    for probe in probes.values() if isinstance(probes, dict) else ():
+        if isinstance(probe, dict) and isinstance(probe.get("items"), str):
+            probe["items"] = str((folder / probe["items"]).absolute())
+
+
 class _Maker:
     """Makes probes of options; one method a kind."""
 
-    def __init__(self, folder: Path, tokenizer: TextTokenizer, vocab_size: int, window: int):
-        self.folder, self.tokenizer, self.vocab_size, self.window = folder, tokenizer, vocab_size, window
+    def __init__(self, tokenizer: TextTokenizer, vocab_size: int, window: int):
+        self.tokenizer, self.vocab_size, self.window = tokenizer, vocab_size, window
         self.encoder = Encoder(tokenizer)
 
-    def made(self, options: ProbeOptions) -> Probe:
-        return getattr(self, f"_{options.kind}")(options)
+    def made(self, name: str, options: ProbeOptions) -> Probe:
+        return getattr(self, f"_{options.kind}")(name, options)
 
-    def _choice(self, options: ChoiceOptions) -> Choice:
-        shown, items = _split(files.read_choices(self.folder / options.items), options)
+    def _choice(self, name: str, options: ChoiceOptions) -> Choice:
+        shown, items = _split(name, files.read_choices(Path(options.items)), options)
         metric = options.metric or ("acc" if options.style == "letters" else "acc_norm")
-        return Choice(options.name, options.bucket, items, self.encoder, options.style, metric, shown)
+        return Choice(name, options.bucket, items, self.encoder, options.style, metric, shown)
 
-    def _answers(self, options: AnswerOptions) -> Answers:
-        shown, items = _split(files.read_answers(self.folder / options.items), options)
-        return Answers(options.name, options.bucket, items, self.encoder, shown)
+    def _answers(self, name: str, options: AnswerOptions) -> Answers:
+        shown, items = _split(name, files.read_answers(Path(options.items)), options)
+        return Answers(name, options.bucket, items, self.encoder, shown)
 
-    def _lists(self, options: ListOptions) -> Choice:
+    def _lists(self, name: str, options: ListOptions) -> Choice:
         items = first_items(list_items(options.count, options.shots, options.longest, options.seed), options.max_items)
-        return Choice(options.name, options.bucket, items, self.encoder, "continuation", "acc")
+        return Choice(name, options.bucket, items, self.encoder, "continuation", "acc")
 
-    def _boundaries(self, options: BoundaryOptions) -> Boundaries:
-        items = first_items(files.read_pairs(self.folder / options.items), options.max_items)
-        return Boundaries(options.name, options.bucket, items, self.encoder)
+    def _boundaries(self, name: str, options: BoundaryOptions) -> Boundaries:
+        items = first_items(files.read_pairs(Path(options.items)), options.max_items)
+        return Boundaries(name, options.bucket, items, self.encoder)
 
-    def _perplexity(self, options: PerplexityOptions) -> Perplexity:
-        path = self.folder / options.items
-        if path.suffix != ".jsonl":
-            corpus = open_corpus(f"suite probe {options.name}", str(path), self.tokenizer.digest, self.vocab_size)
-            documents = _of_corpus(corpus, options.max_tokens, self.vocab_size, self.tokenizer)
-            identity = [corpus_identity(corpus.prefix), options.max_tokens, options.max_items]
-            return Perplexity(
-                options.name, options.bucket, first_items(documents, options.max_items), self.window, identity
-            )
-        items = first_items(files.read_texts(path, options.field), options.max_items)
-        texts = [item.text for item in items]
-        documents = [
-            ScoredDocument(item.id, np.array(ids, np.int64), size=len(item.text.encode()))
-            for item, ids in zip(items, self.encoder.documents(texts), strict=True)
-        ]
-        documents = list(_up_to(documents, options.max_tokens))
+    def _perplexity(self, name: str, options: PerplexityOptions) -> Perplexity:
+        field, path = f"suite probe {name}", Path(options.items)
+        if path.suffix == ".jsonl":
+            items = first_items(files.read_texts(path, options.field), options.max_items)
+            documents = list(_up_to(self._texts(items), options.max_tokens))
+            identity: list = [[item.id, item.text] for item in items]
+        else:
+            corpus = open_corpus(field, str(path), self.tokenizer.digest, self.vocab_size)
+            found = _of_corpus(corpus, options.max_tokens, self.vocab_size, self.tokenizer)
+            documents, identity = first_items(found, options.max_items), [corpus_identity(corpus.prefix)]
         if not documents:
-            raise InputError(f"suite probe {options.name}", str(path), "holds no text of two tokens")
-        return Perplexity(options.name, options.bucket, documents, self.window, [[d.id for d in documents], texts])
+            raise InputError(field, str(path), "holds no text of two tokens")
+        limits = [options.max_tokens, options.max_items]
+        return Perplexity(name, options.bucket, documents, self.window, [*identity, limits])
+
+    def _texts(self, items: Sequence[files.TextItem]) -> list[ScoredDocument]:
+        tokens = self.encoder.documents([item.text for item in items])
+        return [
+            ScoredDocument(item.id, np.array(ids, np.int64), size=len(item.text.encode()))
+            for item, ids in zip(items, tokens, strict=True)
+        ]
 
 
 def first_items(items: Sequence, most: int | None) -> list:
@@ -213,11 +223,11 @@ def first_items(items: Sequence, most: int | None) -> list:
     return [item for place, item in enumerate(items) if place in kept]
 
 
-def _split(items: list, options: ChoiceOptions | AnswerOptions) -> tuple[list, list]:
+def _split(name: str, items: list, options: ChoiceOptions | AnswerOptions) -> tuple[list, list]:
     """What is shown, and what is scored."""
     if len(items) <= options.shots:
         fix = f"the file has {len(items)} items; show fewer"
-        raise InputError(f"suite probe {options.name} shots", options.shots, fix)
+        raise InputError(f"suite probe {name} shots", options.shots, fix)
     return items[: options.shots], first_items(items[options.shots :], options.max_items)
 
 

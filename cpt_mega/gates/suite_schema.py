@@ -1,20 +1,20 @@
 """What a suite file may say: probes of several kinds, each with its items.
 
-Paths are relative to the suite file. Every probe scores all of its items at every look, or the same first ones of a fixed
-order, so that each can be compared with itself at step 0.
+Paths are relative to the file that they stand in; a file may extend another, and adds to its probes. Every probe scores all of
+its items at every look, or the same some of them, so that each can be compared with itself at step 0.
 """
 
 from typing import Annotated, Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field, StringConstraints
 
 from cpt_mega.config.schema import NonNegativeInt, PositiveInt, Section
 
+Name = Annotated[str, StringConstraints(pattern=r"^[\w.-]+$")]
 Bucket = Literal["domain", "general", "behaviour", "safety"]
 
 
 class ProbeOptions(Section):
-    name: str = Field(min_length=1, pattern=r"^[\w.-]+$", description="name in results; one suite has each once")
     bucket: Bucket = Field(description="the bucket its score counts for")
     max_items: PositiveInt | None = Field(None, description="items that are scored at most; none: all")
 
@@ -33,10 +33,10 @@ class FewShotOptions(ProbeOptions):
 
 class ChoiceOptions(FewShotOptions):
     kind: Literal["choice"]
-    style: Literal["cloze", "letters", "continuation"] = Field(
+    style: Literal["cloze", "letters", "continuation", "reply"] = Field(
         "cloze",
         description="cloze: each choice behind 'Answer:'; letters: choices are listed, and their letters scored; "
-        "continuation: each choice behind the text",
+        "continuation: each choice behind the text; reply: as the assistant's, behind what a user says",
     )
     metric: Literal["acc", "acc_norm"] | None = Field(
         None, description="what gates compare: the likeliest choice, or the likeliest per byte; none: acc for letters"
@@ -68,11 +68,4 @@ AnyProbe = Annotated[
 class SuiteOptions(Section):
     name: str = Field(min_length=1, description="of the suite, in results")
     row_tokens: PositiveInt = Field(2048, description="of the rows that items are packed into")
-    probes: tuple[AnyProbe, ...] = Field(min_length=1, description="what is measured")
-
-    @model_validator(mode="after")
-    def _names(self) -> "SuiteOptions":
-        names = [probe.name for probe in self.probes]
-        if len(set(names)) < len(names):
-            raise ValueError("probes: two have one name; give each its own")
-        return self
+    probes: dict[Name, AnyProbe] = Field(min_length=1, description="what is measured, by a name for results")

@@ -15,7 +15,8 @@ from cpt_mega.gates.items import LETTERS, ChoiceItem
 from cpt_mega.gates.probes.probe import ItemScore, Reading
 from cpt_mega.gates.requests import Likelihood
 
-Style = Literal["cloze", "letters", "continuation"]
+Style = Literal["cloze", "letters", "continuation", "reply"]
+_ASSISTANT = "Assistant:"  # where a text names it, it has the user's words before it, and may begin the reply
 
 
 class Choice:
@@ -77,8 +78,10 @@ class Choice:
 
 
 def _prompt(item: ChoiceItem, style: Style) -> str:
-    if style == "continuation":
+    if style == "continuation" or (style == "reply" and _ASSISTANT in item.question):
         return item.question
+    if style == "reply":
+        return f"User: {item.question}\n{_ASSISTANT}"
     listed = [f"{letter}. {choice}" for letter, choice in zip(LETTERS, item.choices, strict=False)]
     lines = [f"Question: {item.question}", *(listed if style == "letters" else ()), "Answer:"]
     return "\n".join(lines)

@@ -1,0 +1,199 @@
+"""Suites: what a file may say, what is refused, and what a digest covers."""
+
+import json
+import re
+from pathlib import Path
+
+import pytest
+
+from cpt_mega.data.tokenizer import TextTokenizer
+from cpt_mega.errors import InputError
+from cpt_mega.gates.suite import first_items, open_suite
+from cpt_mega.hf.convert import import_hf
+from tests.helpers.corpora import write_bpe_tokenizer, write_corpus
+from tests.helpers.models import tiny_llama
+
+READY = sorted((Path(__file__).resolve().parents[2] / "configs" / "gates").glob("*.yaml"))
+FILES = {
+    "choices.jsonl": [
+        {"id": f"c{n}", "question": f"What is {n}?", "choices": ["a", "b b", f"{n}"], "answer": n % 3} for n in range(9)
+    ],
+    "answers.jsonl": [{"id": f"a{n}", "question": f"Who is {n}?", "answer": f"me {n}"} for n in range(5)],
+    "pairs.jsonl": [{"id": "p", "first": "It is red.", "second": "Its colour is", "target": "red"}],
+    "texts.jsonl": [{"id": f"t{n}", "text": "over the lazy dog " * (n + 1)} for n in range(4)],
+}
+SUITE = """\
+name: small
+row_tokens: 64
+probes:
+  choices: {bucket: general, kind: choice, items: choices.jsonl, shots: 2}
+  letters: {bucket: general, kind: choice, items: choices.jsonl, style: letters}
+  answers: {bucket: general, kind: answers, items: answers.jsonl}
+  lists: {bucket: general, kind: lists, count: 8, shots: 2}
+  pairs: {bucket: general, kind: boundaries, items: pairs.jsonl}
+  texts: {bucket: domain, kind: perplexity, items: texts.jsonl}
+"""
+
+
+@pytest.fixture(scope="module")
+def tokenizer(tmp_path_factory) -> TextTokenizer:
+    return TextTokenizer.load(write_bpe_tokenizer(tmp_path_factory.mktemp("tokenizer")))
+
+
+@pytest.fixture
+def folder(tmp_path) -> Path:
+    write_suite(tmp_path)
+    return tmp_path
+
+
+def write_suite(folder: Path, text: str = SUITE) -> Path:
+    for name, lines in FILES.items():
+        (folder / name).write_text("".join(json.dumps(line) + "\n" for line in lines))
+    (folder / "suite.yaml").write_text(text)
+    return folder / "suite.yaml"
+
+
+def opened(path: Path, tokenizer: TextTokenizer, longest: int = 512):
+    return open_suite(path, tokenizer, 1000, longest)
+
+
+def test_every_kind_is_read_and_asks_something(folder, tokenizer):
+    suite = opened(folder / "suite.yaml", tokenizer)
+    asked = {probe.name: len(probe.requests) for probe in suite.probes}
+    assert asked == {"choices": 21, "letters": 27, "answers": 5, "lists": asked["lists"], "pairs": 3, "texts": 4}
+    assert suite.name == "small" and suite.row_tokens == 64 and suite.perplexity_buckets == {"domain"}
+    assert suite.digests.keys() == asked.keys() and len(set(suite.digests.values())) == 6
+
+
+def test_a_file_may_extend_one_in_another_folder(folder, tokenizer):
+    inner = folder / "inner"
+    inner.mkdir()
+    (inner / "more.jsonl").write_text(json.dumps(FILES["answers.jsonl"][0]))
+    (inner / "suite.yaml").write_text(
+        "extends: ../suite.yaml\nname: more\nprobes:\n  more: {bucket: safety, kind: answers, items: more.jsonl}\n"
+        "  choices: {shots: 0}\n"
+    )
+    more, whole = opened(inner / "suite.yaml", tokenizer), opened(folder / "suite.yaml", tokenizer)
+    assert more.digests.keys() - whole.digests.keys() == {"more"}
+    assert {name for name in whole.digests if whole.digests[name] != more.digests[name]} == {"choices"}
+
+
+def change(line: dict) -> dict:
+    """The same item, and another text."""
+    name = next(name for name in ("question", "target", "text") if name in line)
+    return {**line, name: line[name] + "!"}
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_a_digest_changes_with_any_item_of_its_probe_and_with_no_other(folder, tokenizer, name):
+    before = opened(folder / "suite.yaml", tokenizer).digests
+    lines = [*FILES[name][:-1], change(FILES[name][-1])]
+    (folder / name).write_text("".join(json.dumps(line) + "\n" for line in lines))
+    after = opened(folder / "suite.yaml", tokenizer).digests
+    changed = {probe for probe in before if before[probe] != after[probe]}
+    kind = name.removesuffix(".jsonl")
+    assert changed == ({"choices", "letters"} if kind == "choices" else {kind})
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "changed"),
+    [
+        ("shots: 2}\n  letters", "shots: 1}\n  letters", {"choices"}),
+        ("style: letters", "style: cloze", {"letters"}),
+        ("count: 8, shots: 2", "count: 8, shots: 3", {"lists"}),
+        ("count: 8, shots: 2", "count: 8, shots: 2, seed: 2", {"lists"}),
+        ("row_tokens: 64", "row_tokens: 512", {"texts"}),  # the window
+        ("items: texts.jsonl", "items: texts.jsonl, max_items: 2", {"texts"}),
+        ("items: answers.jsonl", "items: answers.jsonl, max_items: 2", {"answers"}),
+        ("name: small", "name: other", set()),
+    ],
+)
+def test_a_digest_covers_what_scores_depend_on_and_nothing_else(folder, tokenizer, old, new, changed):
+    before = opened(folder / "suite.yaml", tokenizer).digests
+    assert SUITE.count(old) == 1
+    after = opened(write_suite(folder, SUITE.replace(old, new)), tokenizer).digests
+    assert {probe for probe in before if before[probe] != after[probe]} == changed
+
+
+def test_a_digest_covers_the_tokenizer(folder, tokenizer, tmp_path):
+    other = TextTokenizer.load(write_bpe_tokenizer(tmp_path / "other", adds_bos=True))
+    before, after = (opened(folder / "suite.yaml", each).digests for each in (tokenizer, other))
+    assert all(before[probe] != after[probe] for probe in before)
+
+
+def test_texts_of_a_corpus_are_those_of_its_lines(folder, tokenizer):
+    ids = [tokenizer.document_ids(each) for each in tokenizer.encode_batch([x["text"] for x in FILES["texts.jsonl"]])]
+    write_corpus(folder / "corpus", ids)
+    by_lines = opened(folder / "suite.yaml", tokenizer).probes[-1]
+    by_corpus = opened(write_suite(folder, SUITE.replace("texts.jsonl", "corpus")), tokenizer).probes[-1]
+    asked = [[request.tokens.tolist() for request in probe.requests] for probe in (by_lines, by_corpus)]
+    assert asked[0] == asked[1]
+    sizes = [[document.size for document in probe._documents] for probe in (by_lines, by_corpus)]
+    assert sizes[0] == sizes[1] == [len(line["text"]) for line in FILES["texts.jsonl"]]
+
+
+BAD = [
+    ("kind: lists", "kind: list", "probes.lists"),
+    ("count: 8", "cuont: 8", "did you mean 'count'"),
+    ("count: 8", "count: 0", "probes.lists.lists.count"),
+    ("shots: 2}\n  letters", "shots: 9}\n  letters", "the file has 9 items"),
+    ("bucket: domain", "bucket: topic", "probes.texts.perplexity.bucket"),
+    ("items: pairs.jsonl", "items: gone.jsonl", "gone.jsonl"),
+    ("items: pairs.jsonl", "items: texts.jsonl", "texts.jsonl:1"),
+    ("items: texts.jsonl", "items: gone", "gone"),
+    ("name: small\n", "", "name"),
+    ("row_tokens: 64", "row_token: 64", "did you mean 'row_tokens'"),
+    ("  pairs:", "  choices:", "given twice"),
+    ("  pairs:", "  a b:", "probes"),
+    (SUITE[SUITE.index("probes:") :], "probes: {}", "probes"),
+    (SUITE[SUITE.index("probes:") :], "probes: []", "probes"),
+    (SUITE[SUITE.index("probes:") :], "probes: {a: 3}", "probes.a"),
+]
+
+
+@pytest.mark.parametrize(("old", "new", "words"), BAD, ids=range(len(BAD)))
+def test_what_is_wrong_is_said_with_its_place(folder, tokenizer, old, new, words):
+    assert SUITE.count(old) == 1
+    path = write_suite(folder, SUITE.replace(old, new))
+    with pytest.raises(InputError, match=re.escape(words)):
+        opened(path, tokenizer)
+
+
+def test_items_that_the_model_cannot_read_whole_are_refused(folder, tokenizer):
+    with pytest.raises(InputError, match="probe choices.*the model reads 16"):
+        opened(folder / "suite.yaml", tokenizer, longest=16)
+
+
+def test_some_of_the_items_are_the_same_whatever_their_order():
+    class One:
+        def __init__(self, name):
+            self.id = name
+
+    items = [One(f"i{n}") for n in range(50)]
+    some = {item.id for item in first_items(items, 10)}
+    assert len(some) == 10 and some == {item.id for item in first_items(items[::-1], 10)}
+    assert some < {item.id for item in first_items(items, 20)}
+    assert [item.id for item in first_items(items, 10)] == sorted(some, key=lambda name: int(name[1:]))
+    assert first_items(items, None) == items
+
+
+@pytest.mark.parametrize("path", READY, ids=lambda path: path.stem)
+def test_the_ready_suites_can_be_opened(path, tokenizer):
+    suite = opened(path, tokenizer, longest=4096)
+    assert sum(len(probe.requests) for probe in suite.probes) > 3000
+
+
+def test_a_suite_has_one_result_at_every_layout_and_as_an_hf_folder(workers, tmp_path):
+    tiny_llama(tmp_path / "hf", tokenizer=True, num_hidden_layers=2)
+    import_hf(tmp_path / "hf", tmp_path / "import")
+    words = {"checkpoint": str(tmp_path / "import"), "suite": str(write_suite(tmp_path))}
+    one = workers(1).run("gate_jobs.look", **words, overrides=["precision=fp32"])[0]
+    assert [found["probe"] for found in one] == ["choices", "letters", "answers", "lists", "pairs", "texts"]
+    for overrides in (["parallel.tp=2", "parallel.sp=true"], ["parallel.pp=2"]):
+        for other in workers(2).run("gate_jobs.look", **words, overrides=["precision=fp32", *overrides]):
+            for found, again in zip(one, other, strict=True):
+                assert [item["id"] for item in found["items"]] == [item["id"] for item in again["items"]]
+                for item, same in zip(found["items"], again["items"], strict=True):
+                    assert item["score"] == pytest.approx(same["score"], abs=1e-4)
+    pairs = next(found for found in one if found["probe"] == "pairs")
+    assert pairs["readings"][0]["value"] < 1e-5 < abs(pairs["items"][0]["values"]["gain"])

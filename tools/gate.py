@@ -1,0 +1,98 @@
+#!/usr/bin/env python
+"""Measures a model with a suite of gates, as a run does at every look: one table, and a line for each item.
+
+    python tools/gate.py --model DIR --suite configs/gates/general.yaml
+    torchrun --nproc-per-node 2 tools/gate.py --model DIR --suite FILE parallel.tp=2
+
+DIR is a run, an iter_* folder, an import or an HF folder. Results may be compared where their digests are the same.
+"""
+
+import argparse
+import importlib.util
+import json
+import os
+import shlex
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+if importlib.util.find_spec("cpt_mega") is None:  # run from a checkout that is not installed
+    sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from cpt_mega.command_line import steps_progress  # noqa: E402
+from cpt_mega.loop.entry import guarded, leave  # noqa: E402
+
+
+def parse_arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument(
+        "--model", required=True, metavar="DIR", help="a run, an iter_* folder, an import, an HF folder"
+    )
+    parser.add_argument(
+        "--suite", required=True, metavar="FILE", help="YAML of probes; ready ones are in configs/gates"
+    )
+    parser.add_argument("--output", type=Path, metavar="FILE", help="also write every item's score, a JSON line each")
+    parser.add_argument("--json", action="store_true", help="print readings and digests as JSON")
+    parser.add_argument(
+        "overrides", nargs="*", metavar="section.key=value", help="layout and precision, as in a configuration"
+    )
+    return parser.parse_intermixed_args()
+
+
+def main() -> int:
+    options = parse_arguments()
+    return guarded(lambda: measure(options), None)
+
+
+def measure(options: argparse.Namespace) -> int:
+    from cpt_mega.loop.gate_alone import measure_alone, write_items  # torch, which --help does not need
+
+    is_main = os.environ.get("RANK", "0") == "0"
+    with steps_progress("asking") if is_main else silent() as progress:
+        measured = measure_alone(options.model, options.suite, options.overrides, progress)
+    if measured is None:
+        return 0
+    if options.output is not None:
+        write_items(options.output, measured)
+    if options.json:
+        print(json.dumps(measured.to_json()))
+    else:
+        show(measured, options)
+    return 0
+
+
+class silent:
+    """Progress that nobody sees."""
+
+    def __enter__(self) -> Callable[[int, int], None]:
+        return lambda done, total: None
+
+    def __exit__(self, *error) -> None:
+        pass
+
+
+def show(measured, options: argparse.Namespace) -> None:
+    """A table of readings, the first of each probe in its first line."""
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(title=f"{measured.suite.name} ({measured.suite.digest[:12]})", title_justify="left")
+    for name, justify in (
+        ("probe", "left"),
+        ("bucket", "left"),
+        ("metric", "left"),
+        ("value", "right"),
+        ("n", "right"),
+    ):
+        table.add_column(name, justify=justify)
+    for one in measured.found:
+        for number, reading in enumerate(one.readings):
+            names = ("", "") if number else (one.probe.name, one.probe.bucket)
+            table.add_row(*names, reading.metric, f"{reading.value:.4g}", f"{reading.n:,}")
+    Console().print(table)
+    suite = shlex.quote(str(Path(options.suite).absolute()))
+    print(f"next: bash launch/torchrun.sh CONFIG gates.suite={suite}    # the same at every look of a run")
+
+
+if __name__ == "__main__":
+    sys.exit(leave(main()))
