@@ -49,7 +49,7 @@ class Comparison:
     Attributes:
         n: items.
         drop: mean of before minus now; for right or wrong items (lost - gained) / n. Infinite when a score now is not
-        finite.
+            finite.
         low, high: its two-sided 95 % confidence interval.
         p_value: one-sided, of the true drop being no larger than ``margin``.
         margin: what was tested against.
@@ -122,17 +122,17 @@ def right_or_wrong(before: np.ndarray, now: np.ndarray, margin: float = 0.0) -> 
 def compare_counts(n: int, lost: int, gained: int, margin: float = 0.0) -> Comparison:
     """Compares right or wrong items by what was lost and gained, with an exact unconditional test.
 
-        The discordant share is not known. So the p-value is the probability of a table at least as extreme, by Tango's score
-        statistic (1998), at that share within its 1 - 1e-6 confidence interval where it is largest (48 are tried), plus 1e-6
-        (Berger and Boos 1994). The interval of the drop inverts that statistic.
+    The discordant share is not known. So the p-value is the probability of a table at least as extreme, by Tango's score
+    statistic (1998), at that share within its 1 - 1e-6 confidence interval where it is largest (48 are tried), plus 1e-6
+    (Berger and Boos 1994). The interval of the drop inverts that statistic.
 
-        McNemar's exact test, lost ~ Binomial(m, (1 + margin * n / m) / 2) given m discordant items, was not taken. Without a
+    McNemar's exact test, lost ~ Binomial(m, (1 + margin * n / m) / 2) given m discordant items, was not taken. Without a
     margin it is exact and wastes level; with one it is not exact, as m / n stands in for the true share. Its true error
     at a nominal 0.1 %, summed over all tables, is 0.06 to 0.07 % with 500 items of which 10 % are discordant (margins of 0
     to 2 points), but 0.35 % with 2,000 items, 3 % and 2 points. Tango's normal approximation has 0.09 to 0.10 % and 0.14 %,
     and 0.27 % with 500 items, 3 % and 2 points. This test has 0.08 to 0.09 %, 0.07 % and 0.09 %, and nowhere too much.
 
-        Raises ValueError for counts that are none and margins outside of [0, 1).
+    Raises ValueError for counts that are none and margins outside of [0, 1).
     """
     if not (n >= 1 and lost >= 0 and gained >= 0 and lost + gained <= n):
         raise ValueError(f"{lost} lost and {gained} gained of {n} items")

@@ -12,27 +12,9 @@ from cpt_mega.gates.suite import first_items, open_suite
 from cpt_mega.hf.convert import import_hf
 from tests.helpers.corpora import write_bpe_tokenizer, write_corpus
 from tests.helpers.models import tiny_llama
+from tests.helpers.suites import FILES, SUITE, write_suite
 
 READY = sorted((Path(__file__).resolve().parents[2] / "configs" / "gates").glob("*.yaml"))
-FILES = {
-    "choices.jsonl": [
-        {"id": f"c{n}", "question": f"What is {n}?", "choices": ["a", "b b", f"{n}"], "answer": n % 3} for n in range(9)
-    ],
-    "answers.jsonl": [{"id": f"a{n}", "question": f"Who is {n}?", "answer": f"me {n}"} for n in range(5)],
-    "pairs.jsonl": [{"id": "p", "first": "It is red.", "second": "Its colour is", "target": "red"}],
-    "texts.jsonl": [{"id": f"t{n}", "text": "over the lazy dog " * (n + 1)} for n in range(4)],
-}
-SUITE = """\
-name: small
-row_tokens: 64
-probes:
-  choices: {bucket: general, kind: choice, items: choices.jsonl, shots: 2}
-  letters: {bucket: general, kind: choice, items: choices.jsonl, style: letters}
-  answers: {bucket: general, kind: answers, items: answers.jsonl}
-  lists: {bucket: general, kind: lists, count: 8, shots: 2}
-  pairs: {bucket: general, kind: boundaries, items: pairs.jsonl}
-  texts: {bucket: domain, kind: perplexity, items: texts.jsonl}
-"""
 
 
 @pytest.fixture(scope="module")
@@ -44,13 +26,6 @@ def tokenizer(tmp_path_factory) -> TextTokenizer:
 def folder(tmp_path) -> Path:
     write_suite(tmp_path)
     return tmp_path
-
-
-def write_suite(folder: Path, text: str = SUITE) -> Path:
-    for name, lines in FILES.items():
-        (folder / name).write_text("".join(json.dumps(line) + "\n" for line in lines))
-    (folder / "suite.yaml").write_text(text)
-    return folder / "suite.yaml"
 
 
 def opened(path: Path, tokenizer: TextTokenizer, longest: int = 512):

@@ -47,7 +47,7 @@ from cpt_mega.hf.locate import locate_checkpoint
 from cpt_mega.hf.model_info import read_model_info
 from cpt_mega.hf.shape import ModelShape
 from cpt_mega.hf.weights import ModelNames
-from cpt_mega.loop import callbacks, hangs, lease
+from cpt_mega.loop import evaluation, hangs, lease
 from cpt_mega.loop.housekeeping import collected_together
 from cpt_mega.loop.prefetch import Prefetcher
 from cpt_mega.loop.run_folder import METRICS, read_lines
@@ -567,17 +567,17 @@ def train_and_signal(config: str, overrides: list[str], moment: str) -> list:
         if dist.get_rank() == dist.get_world_size() - 1 and not next(sent):
             os.kill(me, signal.SIGTERM)
 
-    measure, write, init, judge = callbacks.measure, EngineSave.write, Engine.__init__, callbacks.Evaluation._judge
+    look, write, init, judge = evaluation.take_look, EngineSave.write, Engine.__init__, evaluation.Evaluation._judge
 
-    def measuring(engine, sets):
+    def looking(*arguments):
         if moment == "evaluation":
             send()
-        return measure(engine, sets)
+        return look(*arguments)
 
-    def judging(evaluation, trainer):
+    def judging(evaluating, trainer):
         if moment == "last evaluation" and trainer.ends_here:
             send()
-        judge(evaluation, trainer)
+        judge(evaluating, trainer)
 
     def writing(save):
         if moment == "save":
@@ -590,14 +590,14 @@ def train_and_signal(config: str, overrides: list[str], moment: str) -> list:
             send()
         init(engine, *args, **options)
 
-    callbacks.measure, EngineSave.write, Engine.__init__ = measuring, writing, building
-    callbacks.Evaluation._judge = judging
+    evaluation.take_look, EngineSave.write, Engine.__init__ = looking, writing, building
+    evaluation.Evaluation._judge = judging
     try:
         with _each_row_read(lambda number: send() if moment == "loader" and number == 9 else None):
             return train(config, overrides)
     finally:
-        callbacks.measure, EngineSave.write, Engine.__init__ = measure, write, init
-        callbacks.Evaluation._judge = judge
+        evaluation.take_look, EngineSave.write, Engine.__init__ = look, write, init
+        evaluation.Evaluation._judge = judge
 
 
 def interrupt_twice_in_the_loader(config: str, overrides: list[str]) -> list:

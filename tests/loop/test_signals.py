@@ -32,7 +32,10 @@ def test_a_signal_to_one_process_at_any_moment(workers, jobsite, tmp_path, throu
     assert [state for state, _ in outcomes] == ["preempted"] * 2 and outcomes[1][1] == "received SIGTERM"
     ended = status(run)
     assert (ended["exit_code"], ended["reason"]) == (75, "received a signal on another rank")
-    assert (run / "checkpoints" / f"iter_{ended['step']:07d}" / "COMPLETE").is_file()
+    saved = (run / "checkpoints" / f"iter_{ended['step']:07d}" / "COMPLETE").is_file()
+    assert (
+        saved if moment not in ("start-up", "evaluation") else ended["step"] == 0
+    )  # before the first step there is nothing
     assert ended["step"] < metrics(through, "train")[-1]["step"]
     workers(2).run("train", config=jobsite.config, overrides=words)
     found = compare_runs(through, run)
@@ -40,11 +43,15 @@ def test_a_signal_to_one_process_at_any_moment(workers, jobsite, tmp_path, throu
     assert found.metrics.common == len(metrics(through, "train")) and found.weights.checkpoints
 
 
-def test_a_signal_in_the_last_evaluation_changes_nothing(workers, jobsite, tmp_path, through):
-    words = [f"run.dir={tmp_path / 'run'}", *WORDS]
+def test_a_look_that_a_signal_ended_is_taken_by_the_next_start(workers, jobsite, tmp_path, through):
+    """The last one, so that nothing else is left to do."""
+    run = tmp_path / "run"
+    words, last = [f"run.dir={run}", *WORDS], metrics(through, "eval")[-1]
     outcomes = workers(2).run("train_and_signal", config=jobsite.config, overrides=words, moment="last evaluation")
-    assert [state for state, _ in outcomes] == ["finished"] * 2 and status(tmp_path / "run")["exit_code"] == 0
-    assert compare_runs(through, tmp_path / "run").is_exact
+    assert [state for state, _ in outcomes] == ["preempted"] * 2 and status(run)["exit_code"] == 75
+    assert status(run)["step"] == last["step"] > metrics(run, "eval")[-1]["step"]
+    assert workers(2).run("train", config=jobsite.config, overrides=words)[0][0] == "finished"
+    assert metrics(run, "eval") == metrics(through, "eval") and compare_runs(through, run).is_exact
 
 
 def test_a_second_interrupt_waits_for_nothing(workers, jobsite, tmp_path):

@@ -1,0 +1,93 @@
+"""A suite at every look of a run: it is written down item by item, and changes nothing of the run."""
+
+import json
+
+import pytest
+import torch
+
+from cpt_mega.checkpoint.trainer_state import read_state
+from cpt_mega.hf.convert import import_hf
+from cpt_mega.loop.run_folder import read_lines
+from tests.helpers.jobsite import checkpoint_tensors, metrics
+from tests.helpers.models import tiny_llama
+from tests.helpers.suites import FILES, SUITE, write_suite
+from tests.helpers.workers import JobFailed
+
+ITEMS = {"choices": 7, "letters": 9, "answers": 5, "lists": 8, "pairs": 1, "texts": 4}
+
+
+@pytest.fixture(scope="module")
+def words(tmp_path_factory):
+    """Overrides for a model that has a tokenizer."""
+    folder = tmp_path_factory.mktemp("suite_run")
+    tiny_llama(folder / "hf", tokenizer=True, num_hidden_layers=2)
+    import_hf(folder / "hf", folder / "import")
+    return [f"model.checkpoint={folder / 'import'}", "eval.interval_tokens=400", "checkpoint.interval_tokens=500"]
+
+
+@pytest.fixture(scope="module")
+def plain(workers, jobsite, words, tmp_path_factory):
+    run = tmp_path_factory.mktemp("without") / "run"
+    workers(2).run("train", config=jobsite.config, overrides=[f"run.dir={run}", *words, "parallel.tp=2"])
+    return run
+
+
+def test_a_run_with_a_suite_is_the_one_without_bit_for_bit_and_has_every_item_of_every_look(
+    workers, jobsite, words, plain, tmp_path
+):
+    run, suite = tmp_path / "run", write_suite(tmp_path)
+    words = [f"run.dir={run}", *words, "parallel.tp=2", f"gates.suite={suite}"]
+    assert workers(2).run("train", config=jobsite.config, overrides=words)[0][0] == "finished"
+    ours, theirs = (checkpoint_tensors(sorted(folder.glob("checkpoints/iter_*"))[-1]) for folder in (run, plain))
+    assert ours.keys() == theirs.keys() and all(torch.equal(ours[name], theirs[name]) for name in ours)
+    ours, theirs = (
+        [[line[key] for key in ("step", "tokens", "loss", "grad_norm", "lr")] for line in metrics(folder, "train")]
+        for folder in (run, plain)
+    )
+    assert ours == theirs
+    looks = sorted({line["step"] for line in metrics(run, "eval")})
+    assert looks == sorted({line["step"] for line in metrics(plain, "eval")}) and len(looks) > 3
+    lines = [line for line in read_lines(run / "items.jsonl") if line["probe"] in ITEMS]
+    for step in looks:
+        here = [line for line in lines if line["step"] == step]
+        assert {probe: sum(line["probe"] == probe for line in here) for probe in ITEMS} == ITEMS
+    (baseline,) = [line for line in read_lines(run / "ledger.jsonl") if line["kind"] == "baseline"]
+    assert baseline["digests"].keys() == {*ITEMS, "domain.heldout", "general.heldout"}
+    state = read_state(run / "checkpoints" / f"iter_{looks[-1]:07d}")
+    for probe in ITEMS:
+        first = {line["id"]: line["score"] for line in lines if line["probe"] == probe and line["step"] == 0}
+        assert state.item_baseline[baseline["digests"][probe]] == first
+    assert {(line["probe"], line["metric"]) for line in metrics(run, "eval")} >= {
+        ("choices", "acc_norm"),
+        ("letters", "acc"),
+        ("answers", "bits_per_byte"),
+        ("pairs", "largest_leak_nats"),
+        ("texts", "perplexity"),
+    }
+    assert max(line["value"] for line in metrics(run, "eval") if line["metric"] == "largest_leak_nats") == 0.0
+
+
+def test_other_items_of_a_suite_are_refused_until_they_are_accepted_and_get_a_baseline_then(
+    workers, jobsite, words, tmp_path
+):
+    run, suite = tmp_path / "run", write_suite(tmp_path)
+    words = [f"run.dir={run}", *words, "train.tokens=300", "schedule.warmup_tokens=0", f"gates.suite={suite}"]
+    workers(1).run("train", config=jobsite.config, overrides=words)
+    (tmp_path / "answers.jsonl").write_text("".join(json.dumps(line) + "\n" for line in FILES["answers.jsonl"][1:]))
+    with pytest.raises(JobFailed, match="gates.suite answers"):
+        workers(1).run("train", config=jobsite.config, overrides=words)
+    write_suite(tmp_path, SUITE.replace("name: small", "name: other"))  # which changes no score
+    workers(1).run("train", config=jobsite.config, overrides=words)
+    (tmp_path / "answers.jsonl").write_text("".join(json.dumps(line) + "\n" for line in FILES["answers.jsonl"][1:]))
+    workers(1).run("train", config=jobsite.config, overrides=[*words, "restore.accept=[gates.suite]"])
+    taken = [line["digests"] for line in read_lines(run / "ledger.jsonl") if line["kind"] == "baseline"]
+    assert len(taken) == 2 and taken[1].keys() == {"answers"} and taken[1]["answers"] != taken[0]["answers"]
+
+
+def test_a_suite_that_is_none_is_refused_before_anything_is_made(workers, jobsite, words, tmp_path):
+    suite = write_suite(tmp_path, SUITE.replace("kind: lists", "kind: list"))
+    with pytest.raises(JobFailed, match="probes.lists"):
+        workers(1).run(
+            "train", config=jobsite.config, overrides=[f"run.dir={tmp_path / 'run'}", *words, f"gates.suite={suite}"]
+        )
+    assert not (tmp_path / "run" / "status.json").exists()
