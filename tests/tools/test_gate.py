@@ -1,0 +1,57 @@
+"""The command that measures one model with a suite."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.helpers.models import tiny_llama
+from tests.helpers.suites import SUITE, write_suite
+from tests.helpers.workers import JobFailed
+
+TOOL = Path(__file__).resolve().parents[2] / "tools" / "gate.py"
+ITEMS = 7 + 9 + 5 + 8 + 1 + 4
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("gate")
+    tiny_llama(folder / "hf", tokenizer=True, num_hidden_layers=2)
+    write_suite(folder)
+    return folder
+
+
+def run(*words) -> subprocess.CompletedProcess:
+    return subprocess.run([sys.executable, str(TOOL), *map(str, words)], capture_output=True, text=True)
+
+
+def test_a_model_is_measured_and_every_item_written_down(folder, tmp_path):
+    words = ["--model", folder / "hf", "--suite", folder / "suite.yaml", "precision=fp32", "--json"]
+    done = run(*words, "--output", tmp_path / "items.jsonl")
+    found = json.loads(done.stdout)
+    assert done.returncode == 0 and found["suite"] == "small" and len(found["digests"]) == 6
+    lines = [json.loads(line) for line in (tmp_path / "items.jsonl").read_text().splitlines()]
+    assert len(lines) == ITEMS and {line["digest"] for line in lines} == set(found["digests"].values())
+    value = next(r["value"] for r in found["readings"] if (r["probe"], r["metric"]) == ("choices", "acc_norm"))
+    scores = [line["score"] for line in lines if line["probe"] == "choices"]
+    assert value == pytest.approx(sum(scores) / len(scores))
+
+
+def test_a_table_and_the_next_command(folder):
+    done = run("--model", folder / "hf", "--suite", folder / "suite.yaml", "precision=fp32")
+    assert done.returncode == 0 and "bits_per_byte" in done.stdout and "next: bash launch/torchrun.sh" in done.stdout
+
+
+def test_a_suite_that_is_none_is_one_line(folder, tmp_path):
+    suite = write_suite(tmp_path, SUITE.replace("kind: lists", "kind: list"))
+    done = run("--model", folder / "hf", "--suite", suite)
+    assert done.returncode == 2 and not done.stdout and "probes.lists" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_a_model_without_a_tokenizer_is_refused(workers, jobsite, folder):
+    words = {"checkpoint": jobsite.checkpoint, "suite": str(folder / "suite.yaml")}
+    with pytest.raises(JobFailed, match="tokenizer"):
+        workers(1).run("gate_jobs.look", **words, overrides=["precision=fp32"])
