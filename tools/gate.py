@@ -31,6 +31,9 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument(
         "--suite", required=True, metavar="FILE", help="YAML of probes; ready ones are in configs/gates"
     )
+    parser.add_argument(
+        "--base", metavar="DIR", help="the model that drift is measured from; without it that is left out"
+    )
     parser.add_argument("--output", type=Path, metavar="FILE", help="also write every item's score, a JSON line each")
     parser.add_argument("--json", action="store_true", help="print readings and digests as JSON")
     parser.add_argument(
@@ -49,7 +52,7 @@ def measure(options: argparse.Namespace) -> int:
 
     is_main = os.environ.get("RANK", "0") == "0"
     with steps_progress("asking") if is_main else silent() as progress:
-        measured = measure_alone(options.model, options.suite, options.overrides, progress)
+        measured = measure_alone(options.model, options.suite, options.base, options.overrides, progress)
     if measured is None:
         return 0
     if options.output is not None:
@@ -90,6 +93,8 @@ def show(measured, options: argparse.Namespace) -> None:
             names = ("", "") if number else (one.probe.name, one.probe.bucket)
             table.add_row(*names, reading.metric, f"{reading.value:.4g}", f"{reading.n:,}")
     Console().print(table)
+    if measured.left_out:
+        print(f"not measured: {', '.join(measured.left_out)} (drift needs --base DIR)")
     suite = shlex.quote(str(Path(options.suite).absolute()))
     print(f"next: bash launch/torchrun.sh CONFIG gates.suite={suite}    # the same at every look of a run")
 

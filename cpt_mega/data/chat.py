@@ -164,6 +164,17 @@ class ChatDocuments:
         return render_jinja_template
 
 
+def has_template(tokenizer: TextTokenizer) -> bool:
+    """Whether chats can be rendered."""
+    if tokenizer.path.name != HF_FILE:
+        return False
+    try:
+        _load_template(tokenizer)
+    except InputError:
+        return False
+    return True
+
+
 def template_digest(tokenizer: TextTokenizer) -> str:
     """SHA-256 of what makes text of messages: the template, and the special tokens that it may name.
 

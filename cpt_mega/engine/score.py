@@ -1,6 +1,6 @@
 """Log-probabilities of packed rows by the forward pass that training uses, from logits split over the vocabulary."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -52,17 +52,81 @@ def score_groups(engine: Engine, rows: Sequence[GroupedRow], groups: int) -> Ten
     likeliest token (a tie counts), and how many there are.
     """
     found = torch.zeros(groups, 3, dtype=torch.float64, device=engine.mesh.device)
+
+    def add(local: Tensor, labels: Tensor, owners: Tensor) -> None:
+        logprobs, is_likeliest = _of_labels(engine, local, labels)
+        if _speaks(engine):
+            values = torch.stack([logprobs.double(), is_likeliest.double(), torch.ones_like(logprobs).double()], dim=1)
+            found.index_add_(0, owners, values)
+
+    _visit_targets(engine, rows, add)
+    dist.all_reduce(found)
+    return found.cpu()
+
+
+def likeliest_of_targets(engine: Engine, rows: Sequence[GroupedRow], targets: int, count: int) -> tuple[Tensor, Tensor]:
+    """The ``count`` likeliest tokens where each target stands. Rows as ``score_groups`` takes them, each target a group.
+
+    Returns ids int64 and log-probabilities float64, [targets, count], likeliest first, on every rank. A collective.
+    """
+    ids = torch.zeros(targets, count, dtype=torch.int64, device=engine.mesh.device)
+    logprobs = torch.zeros(targets, count, dtype=torch.float64, device=engine.mesh.device)
+
+    def add(local: Tensor, labels: Tensor, owners: Tensor) -> None:
+        log_total, _ = _log_sum_exp(local, engine.mesh.groups.tp)
+        best, values = _likeliest(engine, local, count)
+        if _speaks(engine):
+            ids[owners], logprobs[owners] = best, (values - log_total.unsqueeze(1)).double()
+
+    _visit_targets(engine, rows, add)
+    for found in (ids, logprobs):
+        dist.all_reduce(found)
+    return ids.cpu(), logprobs.cpu()
+
+
+def logprobs_at_targets(engine: Engine, rows: Sequence[GroupedRow], ids: Tensor) -> tuple[Tensor, Tensor]:
+    """Log-probabilities of given tokens where each target stands. Rows as ``likeliest_of_targets`` takes them.
+
+    Args:
+        ids: int64 [targets, count].
+
+    Returns float64 [targets, count], and [targets] of the least likely token of all, on every rank. A collective.
+    """
+    ids = ids.to(engine.mesh.device)
+    found = torch.zeros(ids.size(0), ids.size(1) + 1, dtype=torch.float64, device=engine.mesh.device)
+
+    def add(local: Tensor, labels: Tensor, owners: Tensor) -> None:
+        log_total, _ = _log_sum_exp(local, engine.mesh.groups.tp)
+        values = torch.cat([_picked(engine, local, ids[owners]), _least(engine, local).unsqueeze(1)], dim=1)
+        if _speaks(engine):
+            found[owners] = (values - log_total.unsqueeze(1)).double()
+
+    _visit_targets(engine, rows, add)
+    dist.all_reduce(found)
+    found = found.cpu()
+    return found[:, :-1], found[:, -1]
+
+
+def _visit_targets(engine: Engine, rows: Sequence[GroupedRow], add: Callable[[Tensor, Tensor, Tensor], None]) -> None:
+    """Lets ``add`` see every target once: fp32 logits [n, padded_vocab / tp], labels [n] and groups [n] of some of them, on the
+    last stage; all tensor-parallel ranks of it see the same ones, with their part of the vocabulary."""
     batch = engine.prepare(len(rows), rows.__getitem__)
     done: set[int] = set()  # the last row may come again to fill a micro-batch or a round
 
     def consume(logits: Tensor, micro_batch: MicroBatch, places: list[int]) -> None:
         owners = [rows[place].groups if place not in done | set(places[:i]) else None for i, place in enumerate(places)]
         done.update(places)
-        _add_targets(engine, found, logits, micro_batch, _here(owners, len(rows[0].groups), micro_batch))
+        groups = _here(owners, len(rows[0].groups), micro_batch)
+        counted = torch.from_numpy(np.flatnonzero(groups != UNCOUNTED)).to(logits.device)
+        local = logits.squeeze(0)[counted].float()  # of those that count alone: whole rows of logits in fp32 are large
+        add(local, micro_batch.labels.squeeze(0)[counted], torch.from_numpy(groups).to(logits.device)[counted])
 
     engine.forward_logits(batch, consume)
-    dist.all_reduce(found)
-    return found.cpu()
+
+
+def _speaks(engine: Engine) -> bool:
+    """Whether what this tensor-parallel rank has found is taken: its peers have the same."""
+    return engine.mesh.groups.tp.rank() == 0
 
 
 def _here(owners: Sequence[np.ndarray | None], length: int, micro_batch: MicroBatch) -> np.ndarray:
@@ -72,46 +136,46 @@ def _here(owners: Sequence[np.ndarray | None], length: int, micro_batch: MicroBa
     return np.where(micro_batch.positions == FILLING, UNCOUNTED, whole[micro_batch.positions])
 
 
-def _add_targets(engine: Engine, found: Tensor, logits: Tensor, micro_batch: MicroBatch, groups: np.ndarray) -> None:
-    """Adds a micro-batch's targets to ``found`` on one tensor-parallel rank; its peers have the same."""
-    counted = np.flatnonzero(groups != UNCOUNTED)
-    places = torch.from_numpy(counted).to(logits.device)
-    local = logits.squeeze(0)[places].float()  # of those that count alone: whole rows of logits in fp32 are large
-    labels = micro_batch.labels.squeeze(0)[places]
-    logprobs, is_likeliest = _of_labels(engine, local, labels)
-    if engine.mesh.groups.tp.rank() == 0:
-        values = torch.stack([logprobs.double(), is_likeliest.double(), torch.ones_like(logprobs).double()], dim=1)
-        found.index_add_(0, torch.from_numpy(groups[counted]).to(logits.device), values)
-
-
 def _of_labels(engine: Engine, local: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
     """[n] log-probabilities of labels, and whether each is the likeliest token, from fp32 logits [n, padded_vocab / tp]."""
-    label_logits = _picked(engine, local, labels)
+    label_logits = _picked(engine, local, labels.unsqueeze(1)).squeeze(1)
     log_total, largest = _log_sum_exp(local, engine.mesh.groups.tp)
     return label_logits - log_total, label_logits >= largest
 
 
 def _picked(engine: Engine, local: Tensor, ids: Tensor) -> Tensor:
-    """[n] logits of ids of the whole vocabulary, wherever they lie."""
+    """[n, k] logits of ids [n, k] of the whole vocabulary, wherever they lie."""
     group = engine.mesh.groups.tp
     places = ids - group.rank() * local.size(1)
     mine = (places >= 0) & (places < local.size(1))
-    picked = local.gather(1, places.clamp(0, local.size(1) - 1).unsqueeze(1)).squeeze(1)
+    picked = local.gather(1, places.clamp(0, local.size(1) - 1))
     picked = torch.where(mine, picked, torch.zeros_like(picked))
     dist.all_reduce(picked, group=group)
     return picked
 
 
-def _scores(engine: Engine, logits: Tensor, batch: MicroBatch) -> RowScores:
+def _likeliest(engine: Engine, local: Tensor, count: int) -> tuple[Tensor, Tensor]:
+    """Ids and logits [n, count] of the likeliest tokens of the whole vocabulary; ``count`` is at most that."""
     group, tp = engine.mesh.groups.tp, engine.mesh.tp
+    values, ids = local.topk(min(count, local.size(1)), dim=1)
+    all_values, all_ids = _gathered(values, tp, group), _gathered(ids + group.rank() * local.size(1), tp, group)
+    best, places = all_values.topk(count, dim=1)
+    return all_ids.gather(1, places), best
+
+
+def _least(engine: Engine, local: Tensor) -> Tensor:
+    """[n] smallest logit of the whole vocabulary; padded rows, at -inf, are none of it."""
+    least = torch.where(local.isneginf(), torch.inf, local).amin(dim=1)
+    dist.all_reduce(least, op=dist.ReduceOp.MIN, group=engine.mesh.groups.tp)
+    return least
+
+
+def _scores(engine: Engine, logits: Tensor, batch: MicroBatch) -> RowScores:
     local = logits.float().squeeze(0)  # [T, padded_vocab / tp]
-    first = group.rank() * local.size(1)
-    label_logits = _picked(engine, local, batch.labels.squeeze(0))
-    log_total, _ = _log_sum_exp(local, group)
-    values, ids = local.topk(min(TOP, local.size(1)), dim=1)
-    all_values, all_ids = _gathered(values, tp, group), _gathered(ids + first, tp, group)
-    best, places = all_values.topk(min(TOP, engine.shape.vocab_size), dim=1)
-    return RowScores(label_logits - log_total, all_ids.gather(1, places), best - log_total.unsqueeze(1))
+    label_logits = _picked(engine, local, batch.labels.squeeze(0).unsqueeze(1)).squeeze(1)
+    log_total, _ = _log_sum_exp(local, engine.mesh.groups.tp)
+    ids, best = _likeliest(engine, local, min(TOP, engine.shape.vocab_size))
+    return RowScores(label_logits - log_total, ids, best - log_total.unsqueeze(1))
 
 
 def _whole(engine: Engine, part: RowScores, batch: MicroBatch) -> RowScores:

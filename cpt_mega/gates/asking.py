@@ -6,15 +6,17 @@ and each gets the log-probability that it has alone.
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
+import torch
 
 from cpt_mega.data.packing import RowPlan, plan_rows
 from cpt_mega.data.rows import PAD_ID
-from cpt_mega.engine.score import UNCOUNTED, score_groups
+from cpt_mega.engine.score import UNCOUNTED, likeliest_of_targets, logprobs_at_targets, score_groups
 from cpt_mega.engine.step import Engine
 from cpt_mega.errors import InputError
-from cpt_mega.gates.requests import Likelihood, Request
+from cpt_mega.gates.requests import Likeliest, Likelihood, Request
 
 _MICRO_BATCHES = 4  # of a pipeline stage between two looks at signals
 
@@ -39,21 +41,61 @@ def score_requests(
 
     Raises Interrupted when ``stops`` says so, InputError for a token that the model does not have.
     """
-    if not requests:
-        return []
-    _check_ids(requests, engine.shape.vocab_size)
-    inputs = np.array([request.inputs for request in requests], np.int64)
-    plan = plan_rows(inputs, max(row_tokens, int(inputs.max())))
     values = np.zeros((len(requests), 3))
-    for rows in _rounds(engine, plan):
-        if stops():
-            raise Interrupted
-        asked = np.concatenate([_requests_of(plan, row) for row in rows])
-        numbers = dict(zip(asked.tolist(), range(len(asked)), strict=True))
-        packed = [_RequestRow.of(plan, row, requests, numbers) for row in rows]
-        values[asked] = score_groups(engine, packed, len(asked)).numpy()
+    for asked, rows in _rounds(engine, requests, row_tokens, stops):
+        numbers = {request: (place, 0) for place, request in enumerate(asked)}
+        values[asked] = score_groups(engine, rows(numbers), len(asked)).numpy()
         advance(len(asked))
     return [Likelihood(logprob, hits == targets, int(targets)) for logprob, hits, targets in values.tolist()]
+
+
+def likeliest_tokens(
+    engine: Engine,
+    requests: Sequence[Request],
+    row_tokens: int,
+    count: int,
+    stops: Callable[[], bool] = lambda: False,
+) -> Likeliest:
+    """The likeliest tokens at every target of requests; as ``score_requests`` has it, on every rank."""
+    first = target_offsets(requests)
+    ids, logprobs = np.zeros((2, first[-1], count))
+    for asked, rows in _rounds(engine, requests, row_tokens, stops):
+        numbers, places = _consecutive(asked, first)
+        found = likeliest_of_targets(engine, rows(numbers), len(places), count)
+        ids[places], logprobs[places] = found[0].numpy(), found[1].numpy()
+    return Likeliest(ids.astype(np.int64), logprobs)
+
+
+def distributions(
+    engine: Engine,
+    requests: Sequence[Request],
+    row_tokens: int,
+    ids: np.ndarray,
+    stops: Callable[[], bool] = lambda: False,
+) -> tuple[np.ndarray, np.ndarray]:
+    """Log-probabilities of given tokens ``ids`` [targets, count] at every target of requests, and [targets] that of the least
+    likely token of all; as ``score_requests`` has it, on every rank."""
+    first = target_offsets(requests)
+    logprobs, least = np.zeros(ids.shape), np.zeros(len(ids))
+    for asked, rows in _rounds(engine, requests, row_tokens, stops):
+        numbers, places = _consecutive(asked, first)
+        found = logprobs_at_targets(engine, rows(numbers), torch.from_numpy(ids[places]))
+        logprobs[places], least[places] = found[0].numpy(), found[1].numpy()
+    return logprobs, least
+
+
+def target_offsets(requests: Sequence[Request]) -> np.ndarray:
+    """Where the targets of each request begin when those of all stand one behind the other; int64 [requests + 1]."""
+    return np.cumsum([0, *(len(request.tokens) - request.first for request in requests)])
+
+
+def _consecutive(asked: np.ndarray, first: np.ndarray) -> tuple[dict[int, tuple[int, int]], np.ndarray]:
+    """Numbers for the targets of some requests, and where these stand among those of all."""
+    numbers, places = {}, []
+    for request in asked.tolist():
+        numbers[request] = (sum(map(len, places)), 1)
+        places.append(np.arange(first[request], first[request + 1]))
+    return numbers, np.concatenate(places)
 
 
 def _check_ids(requests: Sequence[Request], vocab_size: int) -> None:
@@ -63,15 +105,27 @@ def _check_ids(requests: Sequence[Request], vocab_size: int) -> None:
         raise InputError("token id of an item", largest, fix)
 
 
-def _rounds(engine: Engine, plan: RowPlan) -> Iterator[range]:
-    """The rows of a plan, so many at a time that every process has some micro-batches."""
+def _rounds(
+    engine: Engine, requests: Sequence[Request], row_tokens: int, stops: Callable[[], bool]
+) -> Iterator[tuple[np.ndarray, Callable[[dict[int, tuple[int, int]]], list["_RequestRow"]]]]:
+    """Packs requests; gives some of them at a time, so many that every process has some micro-batches, and what makes their
+    rows of ``{request: (number of its first target, step to the next)}``. Raises as ``score_requests``."""
+    if not requests:
+        return
+    _check_ids(requests, engine.shape.vocab_size)
+    inputs = np.array([request.inputs for request in requests], np.int64)
+    plan = plan_rows(inputs, max(row_tokens, int(inputs.max())))
     size = _MICRO_BATCHES * engine.mesh.pp * engine.mesh.dp * engine.config.train.micro_batch_size
     for start in range(0, plan.rows, size):
-        yield range(start, min(start + size, plan.rows))
+        if stops():
+            raise Interrupted
+        rows = range(start, min(start + size, plan.rows))
+        asked = np.array([request for row in rows for request, _, _ in plan.pieces(row)], np.int64)
+        yield asked, partial(_packed, plan, rows, requests)
 
 
-def _requests_of(plan: RowPlan, row: int) -> np.ndarray:
-    return np.array([request for request, _, _ in plan.pieces(row)], np.int64)
+def _packed(plan: RowPlan, rows: range, requests: Sequence[Request], numbers: dict) -> list["_RequestRow"]:
+    return [_RequestRow.of(plan, row, requests, numbers) for row in rows]
 
 
 @dataclass(frozen=True)
@@ -85,8 +139,10 @@ class _RequestRow:
     groups: np.ndarray
 
     @classmethod
-    def of(cls, plan: RowPlan, row: int, requests: Sequence[Request], numbers: dict[int, int]) -> "_RequestRow":
-        """Row ``row`` of a plan over requests, whose targets are counted under their ``numbers``."""
+    def of(
+        cls, plan: RowPlan, row: int, requests: Sequence[Request], numbers: dict[int, tuple[int, int]]
+    ) -> "_RequestRow":
+        """Row ``row`` of a plan over requests, whose targets have the numbers from the first on, each so much higher."""
         ids, labels = np.full((2, plan.seq_length), PAD_ID, np.int64)
         groups = np.full(plan.seq_length, UNCOUNTED, np.int64)
         doc_lengths, at = [], 0
@@ -94,7 +150,9 @@ class _RequestRow:
             request = requests[index]
             ids[at : at + length], labels[at : at + length] = request.tokens[:-1], request.tokens[1:]
             counts = True if request.counts is None else request.counts[request.first :]
-            groups[at + request.first - 1 : at + length] = np.where(counts, numbers[index], UNCOUNTED)
+            number, step = numbers[index]
+            owners = number + step * np.arange(len(request.tokens) - request.first)
+            groups[at + request.first - 1 : at + length] = np.where(counts, owners, UNCOUNTED)
             doc_lengths += [*request.lengths[:-1], length - sum(request.lengths[:-1])]
             at += length
         if at < plan.seq_length:

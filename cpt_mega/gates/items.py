@@ -47,6 +47,14 @@ class BoundaryItem:
 
 
 @dataclass(frozen=True)
+class ChatItem:
+    """Messages, each with ``role`` and ``content``."""
+
+    id: str
+    messages: tuple[dict, ...]
+
+
+@dataclass(frozen=True)
 class TextItem:
     """A document."""
 
@@ -54,7 +62,7 @@ class TextItem:
     text: str
 
 
-Item = TypeVar("Item", ChoiceItem, AnswerItem, BoundaryItem, TextItem)
+Item = TypeVar("Item", ChoiceItem, AnswerItem, BoundaryItem, ChatItem, TextItem)
 
 
 def read_choices(path: Path) -> list[ChoiceItem]:
@@ -73,6 +81,17 @@ def read_pairs(path: Path) -> list[BoundaryItem]:
     """As ``read_choices``."""
     make = lambda name, line: BoundaryItem(name, *_texts(line, "first", "second", "target"))  # noqa: E731
     return _items(path, _json_lines(path), make)
+
+
+def holds_chats(path: Path) -> bool:
+    """Whether the first item of a file has messages."""
+    first = next((line for _, line in _json_lines(path)), {})
+    return "messages" in first
+
+
+def read_chats(path: Path) -> list[ChatItem]:
+    """As ``read_choices``."""
+    return _items(path, _json_lines(path), lambda name, line: ChatItem(name, _messages(line)))
 
 
 def read_texts(path: Path, field: str) -> list[TextItem]:
@@ -168,6 +187,14 @@ def _index(answer: Any, labels: Sequence[str], count: int) -> int:
     if type(index) is not int or not 0 <= index < count:
         raise ValueError(f"needs the number (from 0) or the letter of a choice under {' or '.join(_ANSWER)}")
     return index
+
+
+def _messages(line: dict) -> tuple[dict, ...]:
+    messages = line.get("messages")
+    is_list = isinstance(messages, list) and bool(messages) and all(isinstance(each, dict) for each in messages)
+    if not is_list or not all(isinstance(each.get(name), str) for each in messages for name in ("role", "content")):
+        raise ValueError("needs a list of messages, each with role and content")
+    return tuple(messages)
 
 
 def _value(line: dict, names: Sequence[str]) -> Any:

@@ -40,3 +40,16 @@ class Likelihood:
     logprob: float
     is_greedy: bool
     targets: int
+
+
+@dataclass(frozen=True)
+class Likeliest:
+    """The likeliest tokens at each target of some requests, the targets of all one behind the other.
+
+    Attributes:
+        ids: int64 [targets, count], likeliest first.
+        logprobs: float64 [targets, count], nats.
+    """
+
+    ids: np.ndarray
+    logprobs: np.ndarray

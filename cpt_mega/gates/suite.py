@@ -6,33 +6,39 @@ windows, tokenizer and the version of all this code (``FORMAT``), and not the pa
 
 import json
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
 
 from cpt_mega.config.load import load_sections
 from cpt_mega.config.schema import Config
+from cpt_mega.data.chat import ChatDocuments, has_template
 from cpt_mega.data.heldout import heldout_documents
 from cpt_mega.data.indexed import IndexedCorpus
+from cpt_mega.data.manifest import ALL
+from cpt_mega.data.readers import Batch, Document
 from cpt_mega.data.sources import corpus_identity, open_corpus
 from cpt_mega.data.tokenizer import TextTokenizer
 from cpt_mega.engine.step import Engine
 from cpt_mega.errors import InputError
 from cpt_mega.gates import items as files
-from cpt_mega.gates.asking import score_requests
+from cpt_mega.gates.asking import distributions, likeliest_tokens, score_requests
 from cpt_mega.gates.encoding import Encoder
 from cpt_mega.gates.probes.answers import Answers
 from cpt_mega.gates.probes.boundaries import Boundaries
 from cpt_mega.gates.probes.choice import Choice
+from cpt_mega.gates.probes.drift import Drift, divergence
 from cpt_mega.gates.probes.lists import list_items
 from cpt_mega.gates.probes.perplexity import Perplexity, ScoredDocument, perplexity_of
 from cpt_mega.gates.probes.probe import ItemScore, Probe, Reading
+from cpt_mega.gates.requests import Likeliest, Request
 from cpt_mega.gates.suite_schema import (
     AnswerOptions,
     BoundaryOptions,
     ChoiceOptions,
+    DriftOptions,
     ListOptions,
     PerplexityOptions,
     ProbeOptions,
@@ -49,7 +55,7 @@ class Suite:
 
     name: str
     row_tokens: int
-    probes: tuple[Probe, ...]
+    probes: tuple[Probe | Drift, ...]
     digests: dict[str, str]
 
     @property
@@ -70,6 +76,16 @@ class Suite:
         """Buckets whose perplexity is measured."""
         return {probe.bucket for probe in self.probes if isinstance(probe, Perplexity)}
 
+    @property
+    def drifts(self) -> list[Drift]:
+        """Probes that compare with an earlier model."""
+        return [probe for probe in self.probes if isinstance(probe, Drift)]
+
+    def without(self, names: Collection[str]) -> "Suite":
+        """Without some probes."""
+        kept = tuple(probe for probe in self.probes if probe.name not in names)
+        return replace(self, probes=kept, digests={probe.name: self.digests[probe.name] for probe in kept})
+
     def joined(self, other: "Suite") -> "Suite":
         """Both in one look. Raises InputError where they have a probe of one name."""
         twice = sorted(self.digests.keys() & other.digests.keys())
@@ -82,7 +98,7 @@ class Suite:
 class Found:
     """What a look found of a probe."""
 
-    probe: Probe
+    probe: Probe | Drift
     items: list[ItemScore]
 
     @property
@@ -108,7 +124,7 @@ def open_suite(path: Path, tokenizer: TextTokenizer, vocab_size: int, longest: i
     maker = _Maker(tokenizer, vocab_size, min(options.row_tokens, longest))
     probes = tuple(maker.made(name, probe) for name, probe in options.probes.items())
     for probe in probes:
-        most = max(request.inputs for request in probe.requests)
+        most = max(request.inputs for request in texts_of(probe))
         if most > longest:
             fix = f"an item has {most} tokens, and the model reads {longest}; leave it out, or show fewer examples"
             raise InputError(f"suite probe {probe.name}", probe.name, fix)
@@ -129,20 +145,43 @@ def held_out_suite(config: Config, tokenizer_digest: str, vocab_size: int) -> Su
     return Suite("eval.sets", window, tuple(probes), _digests(probes, tokenizer_digest))
 
 
+def texts_of(probe: Probe | Drift) -> list[Request]:
+    """All that a probe lets the model read."""
+    return probe.texts if isinstance(probe, Drift) else list(probe.requests)
+
+
+def take_references(
+    engine: Engine, drifts: Iterable[Drift], row_tokens: int, stops: Callable[[], bool] = lambda: False
+) -> dict[str, Likeliest]:
+    """What is kept of a model that others are compared with, by the name of the probe. A collective, as ``take_look``."""
+    vocab_size = engine.shape.vocab_size
+    return {
+        drift.name: likeliest_tokens(engine, drift.texts, row_tokens, min(drift.count, vocab_size), stops)
+        for drift in drifts
+    }
+
+
 def take_look(
     engine: Engine,
     suite: Suite,
+    references: Mapping[str, Likeliest] | None = None,
     stops: Callable[[], bool] = lambda: False,
     advance: Callable[[int], None] = lambda requests: None,
 ) -> list[Found]:
     """Scores all items of all probes, packed together. Changes no weight, generator or data state.
 
-    A collective; the same on all ranks. ``stops``, ``advance`` and what is raised: as ``score_requests`` has it.
+    A collective; the same on all ranks. ``references`` are those of the suite's ``drifts``; ``stops``, ``advance`` and what is
+    raised: as ``score_requests`` has it.
     """
     requests = [request for probe in suite.probes for request in probe.requests]
     answers, found = iter(score_requests(engine, requests, suite.row_tokens, stops, advance)), []
     for probe in suite.probes:
-        found.append(Found(probe, probe.items([next(answers) for _ in probe.requests])))
+        if isinstance(probe, Drift):
+            base = references[probe.name]
+            now = distributions(engine, probe.texts, suite.row_tokens, base.ids, stops)
+            found.append(Found(probe, probe.items(divergence(base, *now))))
+        else:
+            found.append(Found(probe, probe.items([next(answers) for _ in probe.requests])))
     return found
 
 
@@ -206,6 +245,28 @@ class _Maker:
             raise InputError(field, str(path), "holds no text of two tokens")
         limits = [options.max_tokens, options.max_items]
         return Perplexity(name, options.bucket, documents, self.window, [*identity, limits])
+
+    def _drift(self, name: str, options: DriftOptions) -> Drift:
+        path = Path(options.items)
+        if files.holds_chats(path):
+            texts = self._chats(name, first_items(files.read_chats(path), options.max_items))
+        else:
+            documents = self._texts(first_items(files.read_texts(path, options.field), options.max_items))
+            texts = [(document.id, document.tokens) for document in documents]
+        return Drift(name, options.bucket, [text for text in texts if len(text[1]) > 1], options.count)
+
+    def _chats(self, name: str, items: Sequence[files.ChatItem]) -> list[tuple[str, np.ndarray]]:
+        """As the tokenizer's template renders them; without one, as lines of a dialogue."""
+        if not has_template(self.tokenizer):
+            lines = ["\n".join(f"{m['role'].capitalize()}: {m['content']}" for m in item.messages) for item in items]
+            tokens = self.encoder.documents([f"{text}\nAssistant:" for text in lines])
+            return [(item.id, np.array(ids, np.int64)) for item, ids in zip(items, tokens, strict=True)]
+        chats = [Document(item.id, 1, list(item.messages)) for item in items]
+        encoded = ChatDocuments(self.tokenizer, self.tokenizer.adds_bos, ALL)(Batch(chats))
+        if encoded.rejects:
+            raise InputError(f"suite probe {name}", encoded.rejects[0].path, encoded.rejects[0].reason)
+        parts = np.split(encoded.tokens.astype(np.int64), np.cumsum(encoded.lengths)[:-1])
+        return [(item.id, tokens) for item, tokens in zip(items, parts, strict=True)]
 
     def _texts(self, items: Sequence[files.TextItem]) -> list[ScoredDocument]:
         tokens = self.encoder.documents([item.text for item in items])

@@ -60,8 +60,16 @@ class BoundaryOptions(ProbeOptions):
     items: str = Field(description="JSONL of pairs of documents: first, second, target")
 
 
+class DriftOptions(ProbeOptions):
+    kind: Literal["drift"]
+    items: str = Field(description="JSONL of chats (messages), or of lines with a text field")
+    field: str = Field("text", description="of a line that is no chat, which has the text")
+    count: PositiveInt = Field(64, description="likeliest tokens of the base that are kept at each place")
+
+
 AnyProbe = Annotated[
-    PerplexityOptions | ChoiceOptions | AnswerOptions | ListOptions | BoundaryOptions, Field(discriminator="kind")
+    PerplexityOptions | ChoiceOptions | AnswerOptions | ListOptions | BoundaryOptions | DriftOptions,
+    Field(discriminator="kind"),
 ]
 
 

@@ -13,6 +13,7 @@ from cpt_mega.config.schema import ParallelOptions
 from cpt_mega.engine.mesh import Layout, start_mesh, stop_mesh
 from cpt_mega.engine.plan import plan_ranks
 from cpt_mega.engine.platform import check_layout
+from cpt_mega.gates.suite import texts_of
 from cpt_mega.hf.model_info import ModelInfo
 from cpt_mega.loop.console import make_console, show_contract, sources_table
 from cpt_mega.loop.inputs import Inputs, expected_rows, mean_shares, open_inputs, open_stream
@@ -44,8 +45,9 @@ def print_plan(config: Config, world: int, command: str) -> None:
     for note in inputs.warnings:
         console.print(f" {note}", style="yellow")
     for probe in inputs.suite.probes:
-        tokens = sum(request.inputs for request in probe.requests)
-        console.print(f" evaluates {probe.bucket}: {probe.name}, {len(probe.requests):,} texts, {tokens:,} tokens")
+        texts = texts_of(probe)
+        tokens = sum(text.inputs for text in texts)
+        console.print(f" evaluates {probe.bucket}: {probe.name}, {len(texts):,} texts, {tokens:,} tokens")
     owner = holder(Path(config.run.dir))
     if owner is not None:
         console.print(f" {config.run.dir} is held by {owner}: a start is refused while that lives", style="yellow")

@@ -12,9 +12,11 @@ from rich.console import Console
 
 from cpt_mega.gates.asking import Interrupted
 from cpt_mega.gates.looks import look_due
+from cpt_mega.gates.requests import Likeliest
 from cpt_mega.gates.rules import Verdict, general_perplexity
 from cpt_mega.gates.suite import Found, Suite, perplexity_by_bucket, take_look
 from cpt_mega.loop.callbacks import Control, NullCallback, finite
+from cpt_mega.loop.references import references
 from cpt_mega.loop.reporters import Reporter
 from cpt_mega.loop.run_folder import RunFolder
 from cpt_mega.loop.trainer import Trainer
@@ -28,6 +30,7 @@ class Evaluation(NullCallback):
     ):
         self.suite, self.folder, self.reporters, self.console = suite, folder, reporters, console
         self.control = control
+        self._references: dict[str, Likeliest] = {}
 
     def on_start(self, trainer: Trainer) -> None:
         """Takes the baseline of every probe that has none: all at step 0, new ones when the items were changed later.
@@ -37,6 +40,10 @@ class Evaluation(NullCallback):
         """
         only_judges = not trainer.config.train.tokens and bool(trainer.state.baseline)
         try:
+            known, run_dir = set(trainer.state.item_baseline), self.folder.path
+            self._references = references(
+                trainer.engine, self.suite, run_dir, known, lambda: self.control.ends(trainer)
+            )
             if self._missing(trainer):
                 self._take_baseline(trainer)
             if trainer.state.gate_stop or trainer.state.look_pending or only_judges:
@@ -105,7 +112,7 @@ class Evaluation(NullCallback):
     def _look(self, trainer: Trainer) -> list[Found]:
         """Raises Interrupted, on all ranks, when the run is asked to end meanwhile; nothing is written then."""
         begin = time.perf_counter()
-        found = take_look(trainer.engine, self.suite, lambda: self.control.ends(trainer))
+        found = take_look(trainer.engine, self.suite, self._references, lambda: self.control.ends(trainer))
         if self.folder.writes:
             self._write(trainer, found)
             self._say(trainer, found, time.perf_counter() - begin)

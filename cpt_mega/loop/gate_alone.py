@@ -1,24 +1,31 @@
 """A suite of gates on one model, without a run."""
 
+import gc
 import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from cpt_mega.data.tokenizer import TextTokenizer
+from cpt_mega.engine.step import Engine
 from cpt_mega.errors import InputError
-from cpt_mega.gates.suite import Found, Suite, open_suite, take_look
+from cpt_mega.gates.requests import Likeliest
+from cpt_mega.gates.suite import Found, Suite, open_suite, take_look, take_references
 from cpt_mega.hf.model_info import HF_FOLDER
-from cpt_mega.loop.scoring import scoring_engine
+from cpt_mega.loop.scoring import Scorer, scorer
 
 
 @dataclass(frozen=True)
 class Measured:
-    """What was found. ``lines`` and ``to_json`` are what the files and the screen of ``tools/gate.py`` show."""
+    """What was found. ``lines`` and ``to_json`` are what the files and the screen of ``tools/gate.py`` show.
+
+    ``left_out``: probes that need a base to compare with.
+    """
 
     model: str
     suite: Suite
     found: list[Found]
+    left_out: tuple[str, ...] = ()
 
     def lines(self) -> list[str]:
         """JSON of each item, in the order of the suite, with the digest of its probe."""
@@ -35,12 +42,13 @@ class Measured:
         """Readings and digests."""
         readings = [reading for one in self.found for reading in one.to_json()]
         names = {"suite": self.suite.name, "digest": self.suite.digest, "digests": self.suite.digests}
-        return {"model": self.model, **names, "readings": readings}
+        return {"model": self.model, **names, "readings": readings, "left_out": list(self.left_out)}
 
 
 def measure_alone(
     model: str,
     suite: str,
+    base: str | None = None,
     overrides: Sequence[str] = (),
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> Measured | None:
@@ -48,14 +56,19 @@ def measure_alone(
 
     Args:
         model: a run, an iter_* folder, an import or an HF folder.
+        base: another one, from which drift is measured; without it, probes of drift are left out.
         overrides: ``parallel.*`` and ``precision``.
         progress: told ``(requests answered, requests in all)``.
 
     Raises InputError for a model or a suite that cannot be read, or do not fit together.
     """
-    with scoring_engine(model, overrides) as (engine, folder):
-        tokenizer = TextTokenizer.load(folder / HF_FOLDER)
-        opened = open_suite(Path(suite), tokenizer, engine.shape.vocab_size, engine.shape.max_positions)
+    with scorer(overrides) as opening:
+        references = {} if base is None else _references(opening, base, suite)
+        gc.collect()  # an engine is a ring of references, and holds the device's memory
+        engine, folder = opening.engine(model)
+        opened = _opened(suite, engine, folder)
+        left_out = tuple(drift.name for drift in opened.drifts if drift.name not in references)
+        opened = opened.without(left_out)
         total, done = sum(len(probe.requests) for probe in opened.probes), 0
 
         def advance(requests: int) -> None:
@@ -63,8 +76,19 @@ def measure_alone(
             done += requests
             progress(done, total)
 
-        found = take_look(engine, opened, advance=advance)
-        return Measured(model, opened, found) if engine.mesh.is_main else None
+        found = take_look(engine, opened, references, advance=advance)
+        return Measured(model, opened, found, left_out) if engine.mesh.is_main else None
+
+
+def _references(opening: Scorer, base: str, suite: str) -> dict[str, Likeliest]:
+    engine, folder = opening.engine(base)
+    opened = _opened(suite, engine, folder)
+    return take_references(engine, opened.drifts, opened.row_tokens)
+
+
+def _opened(suite: str, engine: Engine, folder: Path) -> Suite:
+    tokenizer = TextTokenizer.load(folder / HF_FOLDER)
+    return open_suite(Path(suite), tokenizer, engine.shape.vocab_size, engine.shape.max_positions)
 
 
 def write_items(path: Path, measured: Measured) -> None:

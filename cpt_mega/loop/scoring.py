@@ -58,33 +58,59 @@ def score_file(checkpoint: str, source: str, target: str, overrides: Sequence[st
 
 @contextmanager
 def scoring_engine(checkpoint: str, overrides: Sequence[str] = ()) -> Iterator[tuple[Engine, Path]]:
-    """A model that trains nothing, at a layout and precision, and the checkpoint's folder; every rank calls it.
+    """One model that trains nothing, and the folder of its checkpoint; see ``Scorer``."""
+    with scorer(overrides) as opened:
+        yield opened.engine(checkpoint)
 
-    Args:
-        checkpoint: a run, an iter_* folder, an import or an HF folder.
-        overrides: ``parallel.*`` and ``precision``.
 
-    Raises InputError for a layout that does not fit, or a checkpoint that cannot be read.
+@contextmanager
+def scorer(overrides: Sequence[str] = ()) -> Iterator["Scorer"]:
+    """Processes at a layout, ``parallel.*`` of ``overrides``, for models that train nothing; every rank calls it.
+
+    Raises InputError for a layout that does not fit.
     """
-    with ExitStack() as stack:
-        config = _scoring_config(overrides)
-        apply_environment(config.parallel, config.train.deterministic)
-        mesh = start_mesh(config.parallel, config.train.seed)
-        stack.callback(stop_mesh)
+    config = _scoring_config(overrides)
+    apply_environment(config.parallel, config.train.deterministic)
+    mesh = start_mesh(config.parallel, config.train.seed)
+    try:
+        with ExitStack() as stack:
+            yield Scorer(config, mesh, stack, any(word.startswith("precision=") for word in overrides))
+    finally:
+        stop_mesh()
+
+
+@dataclass(frozen=True)
+class Scorer:
+    """Opens models, one after another: groups of processes cannot be started twice at one address.
+
+    Attributes:
+        has_precision: whether the one of ``config`` was asked for; otherwise each model has its own.
+    """
+
+    config: Config
+    mesh: Mesh
+    stack: ExitStack
+    has_precision: bool
+
+    def engine(self, checkpoint: str) -> tuple[Engine, Path]:
+        """A model, and the folder of its checkpoint: of a run, an iter_* folder, an import or an HF folder. A collective.
+
+        Raises InputError for a layout that does not fit, or a checkpoint that cannot be read.
+        """
         folder = Path(checkpoint)
         if (folder / "config.json").is_file():
-            folder = _imported(folder, mesh, stack)
+            folder = _imported(folder, self.mesh, self.stack)
         folder = locate_checkpoint(folder, "--checkpoint")
-        problem = checkpoint_problem(folder, mesh)
+        problem = checkpoint_problem(folder, self.mesh)
         if problem:
             raise CheckpointError("--checkpoint", str(folder), problem)
-        info = read_model_info(folder)
-        if not any(word.startswith("precision=") for word in overrides):
+        info, config = read_model_info(folder), self.config
+        if not self.has_precision:
             config = config.model_copy(update={"precision": _own_precision(folder, info.dtype)})
         check_layout(config, info.shape, world_size())
-        engine = Engine(config, info.shape, mesh, train=False)
+        engine = Engine(config, info.shape, self.mesh, train=False)
         load_weights(engine, folder)
-        yield engine, folder
+        return engine, folder
 
 
 def _imported(hf_folder: Path, mesh: Mesh, stack: ExitStack) -> Path:

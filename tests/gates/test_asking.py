@@ -2,9 +2,11 @@
 
 import random
 
+import numpy as np
 import pytest
 import torch
 
+from cpt_mega.hf.convert import import_hf
 from tests.helpers.workers import JobFailed
 
 LAYOUTS = {
@@ -104,3 +106,55 @@ def test_a_look_is_given_up_on_all_ranks_when_it_is_asked_to(workers, jobsite, r
 def test_a_token_that_the_model_does_not_have_is_refused(workers, jobsite):
     with pytest.raises(JobFailed, match="vocabulary of 301"):
         ask(workers, jobsite, [{"tokens": [1, 2, 301], "first": 1, "lengths": [], "counts": None}])
+
+
+@pytest.mark.parametrize(
+    ("layout", "count"),
+    [
+        ("one", 5),
+        ("one", 301),
+        ("tp2_sp", 5),
+        ("tp2_sp", 301),
+        ("cp2", 5),
+        ("dp2", 5),
+        pytest.param("pp2_vpp2", 5, marks=pytest.mark.full),
+        pytest.param("tp2_pp2", 301, marks=pytest.mark.full),
+        pytest.param("cp2_dp2", 5, marks=pytest.mark.full),
+    ],
+)
+def test_a_divergence_lies_within_its_bounds_and_is_exact_where_nothing_is_cut_off(
+    workers, jobsite, moved, requests, layout, count
+):
+    world, overrides = LAYOUTS[layout]
+    folder, texts, right = moved
+    words = {"checkpoint": str(folder), "base": jobsite.checkpoint, "texts": texts, "count": count}
+    found = workers(world).run("gate_jobs.divergences", **words, overrides=["precision=fp32", *overrides])
+    assert all(other == found[0] for other in found)
+    low, high, rest = (np.array(found[0][name]) for name in ("low", "high", "rest"))
+    assert len(low) == len(right) and (low <= right + 1e-4).all() and (right <= high + 1e-4).all()
+    if count == 301:
+        assert np.allclose(low, right, atol=1e-4) and np.allclose(high, right, atol=1e-4) and rest.max() < 1e-5
+    else:
+        assert rest.min() > 0.01 and (high - low).max() > 0.01
+
+
+@pytest.fixture(scope="module")
+def moved(jobsite, requests, tmp_path_factory):
+    """Another model, texts, and the KL from the first to it at each of their targets, by transformers."""
+    from transformers import AutoModelForCausalLM
+
+    folder = tmp_path_factory.mktemp("moved")
+    base = AutoModelForCausalLM.from_pretrained(jobsite.hf, dtype=torch.float32).eval()
+    now = AutoModelForCausalLM.from_pretrained(jobsite.hf, dtype=torch.float32).eval()
+    torch.manual_seed(5)
+    with torch.no_grad():
+        for parameter in now.parameters():
+            parameter.mul_(1 + 0.1 * torch.randn_like(parameter))
+    now.save_pretrained(folder / "hf")
+    import_hf(folder / "hf", folder / "import")
+    texts, right = [request["tokens"] for request in requests[:20]], []
+    for tokens in texts:
+        with torch.no_grad():
+            p, q = (model(torch.tensor([tokens[:-1]])).logits[0].double().log_softmax(-1) for model in (base, now))
+        right += (p.exp() * (p - q)).sum(-1).tolist()
+    return folder / "import", texts, np.array(right)

@@ -8,7 +8,7 @@ import pytest
 
 from cpt_mega.data.tokenizer import TextTokenizer
 from cpt_mega.errors import InputError
-from cpt_mega.gates.suite import first_items, open_suite
+from cpt_mega.gates.suite import first_items, open_suite, texts_of
 from cpt_mega.hf.convert import import_hf
 from tests.helpers.corpora import write_bpe_tokenizer, write_corpus
 from tests.helpers.models import tiny_llama
@@ -34,10 +34,11 @@ def opened(path: Path, tokenizer: TextTokenizer, longest: int = 512):
 
 def test_every_kind_is_read_and_asks_something(folder, tokenizer):
     suite = opened(folder / "suite.yaml", tokenizer)
-    asked = {probe.name: len(probe.requests) for probe in suite.probes}
-    assert asked == {"choices": 21, "letters": 27, "answers": 5, "lists": asked["lists"], "pairs": 3, "texts": 4}
+    asked = {probe.name: len(texts_of(probe)) for probe in suite.probes}
+    assert asked.pop("lists") > 16
+    assert asked == {"choices": 21, "letters": 27, "answers": 5, "pairs": 3, "texts": 4, "drift": 4}
     assert suite.name == "small" and suite.row_tokens == 64 and suite.perplexity_buckets == {"domain"}
-    assert suite.digests.keys() == asked.keys() and len(set(suite.digests.values())) == 6
+    assert suite.digests.keys() == {*asked, "lists"} and len(set(suite.digests.values())) == 7
 
 
 def test_a_file_may_extend_one_in_another_folder(folder, tokenizer):
@@ -67,7 +68,7 @@ def test_a_digest_changes_with_any_item_of_its_probe_and_with_no_other(folder, t
     after = opened(folder / "suite.yaml", tokenizer).digests
     changed = {probe for probe in before if before[probe] != after[probe]}
     kind = name.removesuffix(".jsonl")
-    assert changed == ({"choices", "letters"} if kind == "choices" else {kind})
+    assert changed == {"choices": {"choices", "letters"}, "texts": {"texts", "drift"}}.get(kind, {kind})
 
 
 @pytest.mark.parametrize(
@@ -78,7 +79,8 @@ def test_a_digest_changes_with_any_item_of_its_probe_and_with_no_other(folder, t
         ("count: 8, shots: 2", "count: 8, shots: 3", {"lists"}),
         ("count: 8, shots: 2", "count: 8, shots: 2, seed: 2", {"lists"}),
         ("row_tokens: 64", "row_tokens: 512", {"texts"}),  # the window
-        ("items: texts.jsonl", "items: texts.jsonl, max_items: 2", {"texts"}),
+        ("items: texts.jsonl}", "items: texts.jsonl, max_items: 2}", {"texts"}),
+        ("count: 16", "count: 17", {"drift"}),
         ("items: answers.jsonl", "items: answers.jsonl, max_items: 2", {"answers"}),
         ("name: small", "name: other", set()),
     ],
@@ -99,8 +101,8 @@ def test_a_digest_covers_the_tokenizer(folder, tokenizer, tmp_path):
 def test_texts_of_a_corpus_are_those_of_its_lines(folder, tokenizer):
     ids = [tokenizer.document_ids(each) for each in tokenizer.encode_batch([x["text"] for x in FILES["texts.jsonl"]])]
     write_corpus(folder / "corpus", ids)
-    by_lines = opened(folder / "suite.yaml", tokenizer).probes[-1]
-    by_corpus = opened(write_suite(folder, SUITE.replace("texts.jsonl", "corpus")), tokenizer).probes[-1]
+    by_lines = opened(folder / "suite.yaml", tokenizer).probes[-2]
+    by_corpus = opened(write_suite(folder, SUITE.replace("texts.jsonl}", "corpus}")), tokenizer).probes[-2]
     asked = [[request.tokens.tolist() for request in probe.requests] for probe in (by_lines, by_corpus)]
     assert asked[0] == asked[1]
     sizes = [[document.size for document in probe._documents] for probe in (by_lines, by_corpus)]
@@ -115,7 +117,7 @@ BAD = [
     ("bucket: domain", "bucket: topic", "probes.texts.perplexity.bucket"),
     ("items: pairs.jsonl", "items: gone.jsonl", "gone.jsonl"),
     ("items: pairs.jsonl", "items: texts.jsonl", "texts.jsonl:1"),
-    ("items: texts.jsonl", "items: gone", "gone"),
+    ("items: texts.jsonl}", "items: gone}", "gone"),
     ("name: small\n", "", "name"),
     ("row_tokens: 64", "row_token: 64", "did you mean 'row_tokens'"),
     ("  pairs:", "  choices:", "given twice"),
@@ -155,20 +157,44 @@ def test_some_of_the_items_are_the_same_whatever_their_order():
 @pytest.mark.parametrize("path", READY, ids=lambda path: path.stem)
 def test_the_ready_suites_can_be_opened(path, tokenizer):
     suite = opened(path, tokenizer, longest=4096)
-    assert sum(len(probe.requests) for probe in suite.probes) > 3000
+    assert sum(len(texts_of(probe)) for probe in suite.probes) > 3000
+
+
+def test_chats_are_rendered_by_the_template_or_as_a_dialogue(folder, tokenizer, tmp_path):
+    chat = {"id": "c", "messages": [{"role": "user", "content": "What?"}, {"role": "assistant", "content": "That."}]}
+    (folder / "chats.jsonl").write_text(json.dumps(chat) + "\n")
+    path = write_suite(folder, SUITE.replace("kind: drift, items: texts.jsonl", "kind: drift, items: chats.jsonl"))
+    plain = tokenizer.decode(opened(path, tokenizer).drifts[0].texts[0].tokens.tolist())
+    assert plain == "User: What?\nAssistant: That.\nAssistant:<|eos|>"
+    other = write_bpe_tokenizer(tmp_path / "template")
+    (other / "chat_template.jinja").write_text("{% for m in messages %}<{{ m.role }}>{{ m.content }}{% endfor %}")
+    rendered = TextTokenizer.load(other)
+    (text,) = opened(path, rendered).drifts[0].texts
+    assert rendered.decode(text.tokens.tolist()) == "<user>What?<assistant>That.<|eos|>"
+    (folder / "chats.jsonl").write_text(json.dumps(chat | {"messages": [{"role": "user"}]}) + "\n")
+    with pytest.raises(InputError, match="chats.jsonl:1"):
+        opened(path, tokenizer)
 
 
 def test_a_suite_has_one_result_at_every_layout_and_as_an_hf_folder(workers, tmp_path):
     tiny_llama(tmp_path / "hf", tokenizer=True, num_hidden_layers=2)
     import_hf(tmp_path / "hf", tmp_path / "import")
-    words = {"checkpoint": str(tmp_path / "import"), "suite": str(write_suite(tmp_path))}
+    tiny_llama(tmp_path / "base", tokenizer=True, num_hidden_layers=2, seed=1)
+    words = {
+        "checkpoint": str(tmp_path / "import"),
+        "suite": str(write_suite(tmp_path)),
+        "base": str(tmp_path / "base"),
+    }
     one = workers(1).run("gate_jobs.look", **words, overrides=["precision=fp32"])[0]
-    assert [found["probe"] for found in one] == ["choices", "letters", "answers", "lists", "pairs", "texts"]
+    assert [found["probe"] for found in one] == ["choices", "letters", "answers", "lists", "pairs", "texts", "drift"]
     for overrides in (["parallel.tp=2", "parallel.sp=true"], ["parallel.pp=2"]):
-        for other in workers(2).run("gate_jobs.look", **words, overrides=["precision=fp32", *overrides]):
-            for found, again in zip(one, other, strict=True):
-                assert [item["id"] for item in found["items"]] == [item["id"] for item in again["items"]]
-                for item, same in zip(found["items"], again["items"], strict=True):
-                    assert item["score"] == pytest.approx(same["score"], abs=1e-4)
+        other, _ = workers(2).run("gate_jobs.look", **words, overrides=["precision=fp32", *overrides])
+        for found, again in zip(one, other, strict=True):
+            assert [item["id"] for item in found["items"]] == [item["id"] for item in again["items"]]
+            for item, same in zip(found["items"], again["items"], strict=True):
+                assert item["score"] == pytest.approx(same["score"], abs=1e-4)
+    drift = next(found for found in one if found["probe"] == "drift")
+    low, high, cut_off = (reading["value"] for reading in drift["readings"])
+    assert 0.01 < low < high and 0 < cut_off < 1
     pairs = next(found for found in one if found["probe"] == "pairs")
     assert pairs["readings"][0]["value"] < 1e-5 < abs(pairs["items"][0]["values"]["gain"])

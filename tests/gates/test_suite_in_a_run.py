@@ -13,7 +13,7 @@ from tests.helpers.models import tiny_llama
 from tests.helpers.suites import FILES, SUITE, write_suite
 from tests.helpers.workers import JobFailed
 
-ITEMS = {"choices": 7, "letters": 9, "answers": 5, "lists": 8, "pairs": 1, "texts": 4}
+ITEMS = {"choices": 7, "letters": 9, "answers": 5, "lists": 8, "pairs": 1, "texts": 4, "drift": 4}
 
 
 @pytest.fixture(scope="module")
@@ -65,6 +65,14 @@ def test_a_run_with_a_suite_is_the_one_without_bit_for_bit_and_has_every_item_of
         ("texts", "perplexity"),
     }
     assert max(line["value"] for line in metrics(run, "eval") if line["metric"] == "largest_leak_nats") == 0.0
+    drift = [line["value"] for line in metrics(run, "eval") if (line["probe"], line["metric"]) == ("drift", "kl")]
+    assert drift[0] < 1e-6 < drift[1] < drift[-1]  # the reference is kept as fp32
+    (reference,) = (run / "references").iterdir()
+    reference.rename(tmp_path / "elsewhere")
+    with pytest.raises(JobFailed, match="drift-.*bring it back"):
+        workers(2).run("train", config=jobsite.config, overrides=words)
+    (tmp_path / "elsewhere").rename(reference)
+    assert workers(2).run("train", config=jobsite.config, overrides=words)[0][0] == "finished"
 
 
 def test_other_items_of_a_suite_are_refused_until_they_are_accepted_and_get_a_baseline_then(

@@ -1,16 +1,14 @@
 """What worker processes do for tests of the gates; arguments and results are JSON."""
 
 from dataclasses import asdict
-from pathlib import Path
 
 import numpy as np
 
-from cpt_mega.data.tokenizer import TextTokenizer
-from cpt_mega.gates.asking import Interrupted, score_requests
+from cpt_mega.gates.asking import Interrupted, distributions, likeliest_tokens, score_requests
+from cpt_mega.gates.probes.drift import divergence
 from cpt_mega.gates.requests import Request
-from cpt_mega.gates.suite import open_suite, take_look
-from cpt_mega.hf.model_info import HF_FOLDER
-from cpt_mega.loop.scoring import scoring_engine
+from cpt_mega.loop.gate_alone import measure_alone
+from cpt_mega.loop.scoring import scorer, scoring_engine
 
 
 def answers(
@@ -31,16 +29,25 @@ def answers(
     return [asdict(answer) for answer in found]
 
 
-def look(checkpoint: str, suite: str, overrides: list[str]) -> list[dict]:
-    """What each probe of a suite found: its readings and the scores and values of its items."""
-    with scoring_engine(checkpoint, overrides) as (engine, folder):
-        tokenizer = TextTokenizer.load(folder / HF_FOLDER)
-        opened = open_suite(Path(suite), tokenizer, engine.shape.vocab_size, engine.shape.max_positions)
-        found = take_look(engine, opened)
+def look(checkpoint: str, suite: str, overrides: list[str], base: str | None = None) -> list[dict] | None:
+    """What each probe of a suite found: its readings and the scores and values of its items; None but on the main rank."""
+    measured = measure_alone(checkpoint, suite, base, overrides)
+    if measured is None:
+        return None
     return [
         {"probe": one.probe.name, "readings": one.to_json(), "items": [asdict(item) for item in one.items]}
-        for one in found
+        for one in measured.found
     ]
+
+
+def divergences(checkpoint: str, base: str, texts: list[list[int]], count: int, overrides: list[str]) -> dict:
+    """Bounds of KL(base || checkpoint) at every target of texts, and what was cut off."""
+    requests = [_request(tokens, 1, [], None) for tokens in texts]
+    with scorer(overrides) as opening:
+        kept = likeliest_tokens(opening.engine(base)[0], requests, 64, count)
+        engine, _ = opening.engine(checkpoint)
+        found = divergence(kept, *distributions(engine, requests, 64, kept.ids))
+    return {name: values.tolist() for name, values in vars(found).items()}
 
 
 def _request(tokens: list[int], first: int, lengths: list[int], counts: list[bool] | None) -> Request:

@@ -21,6 +21,7 @@ probes:
   lists: {bucket: general, kind: lists, count: 8, shots: 2}
   pairs: {bucket: general, kind: boundaries, items: pairs.jsonl}
   texts: {bucket: domain, kind: perplexity, items: texts.jsonl}
+  drift: {bucket: behaviour, kind: drift, items: texts.jsonl, count: 16}
 """
 
 

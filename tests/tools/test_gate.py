@@ -12,7 +12,7 @@ from tests.helpers.suites import SUITE, write_suite
 from tests.helpers.workers import JobFailed
 
 TOOL = Path(__file__).resolve().parents[2] / "tools" / "gate.py"
-ITEMS = 7 + 9 + 5 + 8 + 1 + 4
+ITEMS = 7 + 9 + 5 + 8 + 1 + 4 + 4
 
 
 @pytest.fixture(scope="module")
@@ -29,9 +29,9 @@ def run(*words) -> subprocess.CompletedProcess:
 
 def test_a_model_is_measured_and_every_item_written_down(folder, tmp_path):
     words = ["--model", folder / "hf", "--suite", folder / "suite.yaml", "precision=fp32", "--json"]
-    done = run(*words, "--output", tmp_path / "items.jsonl")
+    done = run(*words, "--output", tmp_path / "items.jsonl", "--base", folder / "hf")
     found = json.loads(done.stdout)
-    assert done.returncode == 0 and found["suite"] == "small" and len(found["digests"]) == 6
+    assert done.returncode == 0 and found["suite"] == "small" and len(found["digests"]) == 7
     lines = [json.loads(line) for line in (tmp_path / "items.jsonl").read_text().splitlines()]
     assert len(lines) == ITEMS and {line["digest"] for line in lines} == set(found["digests"].values())
     value = next(r["value"] for r in found["readings"] if (r["probe"], r["metric"]) == ("choices", "acc_norm"))
@@ -42,6 +42,7 @@ def test_a_model_is_measured_and_every_item_written_down(folder, tmp_path):
 def test_a_table_and_the_next_command(folder):
     done = run("--model", folder / "hf", "--suite", folder / "suite.yaml", "precision=fp32")
     assert done.returncode == 0 and "bits_per_byte" in done.stdout and "next: bash launch/torchrun.sh" in done.stdout
+    assert "not measured: drift" in done.stdout
 
 
 def test_a_suite_that_is_none_is_one_line(folder, tmp_path):

@@ -12,9 +12,10 @@ from cpt_mega.gates.items import AnswerItem, BoundaryItem, ChoiceItem
 from cpt_mega.gates.probes.answers import Answers
 from cpt_mega.gates.probes.boundaries import Boundaries
 from cpt_mega.gates.probes.choice import Choice
+from cpt_mega.gates.probes.drift import Divergence, Drift, divergence
 from cpt_mega.gates.probes.lists import TASKS, list_items
 from cpt_mega.gates.probes.perplexity import Perplexity, ScoredDocument
-from cpt_mega.gates.requests import Likelihood
+from cpt_mega.gates.requests import Likeliest, Likelihood
 from tests.helpers.corpora import write_bpe_tokenizer
 
 
@@ -170,3 +171,25 @@ def test_encoding_begins_where_the_text_alone_ends(tokenizer, tmp_path):
     )
     (merged,) = plain.continued([("lin", "e")])  # one token of both: all of it is scored
     assert text(plain, merged, slice(merged.first, None)).endswith("e") and merged.first >= 1
+
+
+def test_bounds_of_a_divergence_hold_for_any_distributions_and_any_cut():
+    draw = np.random.default_rng(2)
+    for count in (1, 3, 20, 50):
+        p, q = (np.exp(x) / np.exp(x).sum(1, keepdims=True) for x in draw.normal(0, 2, (2, 200, 50)))
+        exact = (p * np.log(p / q)).sum(1)
+        ids = np.argsort(-p, axis=1)[:, :count]
+        kept = Likeliest(ids, np.log(np.take_along_axis(p, ids, 1)))
+        found = divergence(kept, np.log(np.take_along_axis(q, ids, 1)), np.log(q.min(1)))
+        assert (found.low <= exact + 1e-9).all() and (exact <= found.high + 1e-9).all()
+        assert np.allclose(found.rest, 1 - np.take_along_axis(p, ids, 1).sum(1))
+        if count == 50:
+            assert np.allclose(found.low, exact) and np.allclose(found.high, exact)
+
+
+def test_drift_is_a_mean_over_the_targets_of_each_text():
+    probe = Drift("p", "behaviour", [("a", np.arange(3)), ("b", np.arange(2))], 4)
+    values = np.array([1.0, 3.0, 5.0])
+    items = probe.items(Divergence(values, 2 * values, values / 10))
+    assert [item.score for item in items] == [-2.0, -5.0] and items[0].values["kl_at_most"] == 4.0
+    assert [(r.metric, r.value) for r in probe.readings(items)][0] == ("kl", 3.5)

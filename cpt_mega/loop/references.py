@@ -1,0 +1,77 @@
+"""What a run keeps of the model that it began with, to measure drift by: one file a probe in ``run.dir/references``.
+
+A file is named by the probe and its digest, so other items never meet it. It is made once, at the look that takes the probe's
+baseline, and cannot be made again later: the model is another by then.
+"""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+from safetensors import SafetensorError
+from safetensors.numpy import load_file, save_file
+
+from cpt_mega.engine.step import Engine
+from cpt_mega.errors import FaultError, InputError
+from cpt_mega.gates.probes.drift import Drift
+from cpt_mega.gates.requests import Likeliest
+from cpt_mega.gates.suite import Suite, take_references
+
+FOLDER = "references"
+
+
+def references(
+    engine: Engine, suite: Suite, run_dir: Path, known: set[str], stops: Callable[[], bool]
+) -> dict[str, Likeliest]:
+    """Those of a suite's drift probes: read where there are any, taken of the model as it is where there are none yet.
+
+    Args:
+        known: digests of probes whose baseline has been taken: their files must be there.
+
+    A collective. Raises InputError for a file that is gone or damaged, FaultError for one that cannot be written, and
+    Interrupted as ``take_look``.
+    """
+    found = {}
+    for drift in suite.drifts:
+        digest = suite.digests[drift.name]
+        path = run_dir / FOLDER / f"{drift.name}-{digest[:16]}.safetensors"
+        if digest not in known:
+            taken = take_references(engine, [drift], suite.row_tokens, stops)[drift.name]
+            _agree(engine, lambda path=path, taken=taken: _write(path, taken), FaultError)
+        box: list[Likeliest] = []
+        _agree(engine, lambda path=path, drift=drift, box=box: box.append(_read(path, drift)), None)
+        found[drift.name] = engine.mesh.share(box[0] if box else None)  # as it is on disk, also where it was just taken
+    return found
+
+
+def _agree(engine: Engine, work: Callable[[], None], error: type[Exception] | None) -> None:
+    """Does it on the main process; what goes wrong there is raised on all of them."""
+    problem = None
+    if engine.mesh.is_main:
+        try:
+            work()
+        except (OSError, InputError) as caught:
+            problem = caught if isinstance(caught, InputError) else error(f"{FOLDER}: {caught}")
+    problem = engine.mesh.share(problem)
+    if problem is not None:
+        raise problem
+
+
+def _write(path: Path, taken: Likeliest) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    building = path.with_suffix(".building")
+    save_file({"ids": taken.ids.astype(np.int32), "logprobs": taken.logprobs.astype(np.float32)}, building)
+    building.replace(path)
+
+
+def _read(path: Path, drift: Drift) -> Likeliest:
+    fix = "is needed to measure the drift from where the run began; bring it back, or name the probe otherwise"
+    try:
+        values = load_file(path)
+        ids, logprobs = values["ids"].astype(np.int64), values["logprobs"].astype(np.float64)
+    except (OSError, SafetensorError, KeyError, ValueError) as error:
+        raise InputError("gates.suite", str(path), f"{fix} ({type(error).__name__})") from None
+    targets = sum(text.inputs for text in drift.texts)
+    if ids.shape != logprobs.shape or ids.ndim != 2 or len(ids) != targets:
+        raise InputError("gates.suite", str(path), f"{fix} (it is of other texts)")
+    return Likeliest(ids, logprobs)
