@@ -7,6 +7,7 @@ item is part of every checkpoint, under the digest of its probe: what was measur
 import math
 import time
 from collections.abc import Sequence
+from pathlib import Path
 
 from rich.console import Console
 
@@ -16,20 +17,31 @@ from cpt_mega.gates.requests import Likeliest
 from cpt_mega.gates.rules import Verdict, general_perplexity
 from cpt_mega.gates.suite import Found, Suite, perplexity_by_bucket, take_look
 from cpt_mega.loop.callbacks import Control, NullCallback, finite
-from cpt_mega.loop.references import references
+from cpt_mega.loop.references import references, run_of
 from cpt_mega.loop.reporters import Reporter
 from cpt_mega.loop.run_folder import RunFolder
 from cpt_mega.loop.trainer import Trainer
 
 
 class Evaluation(NullCallback):
-    """Takes looks and judges. ``control`` ends a look, within a few micro-batches, when the run is asked to end."""
+    """Takes looks and judges.
+
+    Args:
+        control: ends a look, within a few micro-batches, when the run is asked to end.
+        origin: the checkpoint that the run starts from: nothing may be trained, and it be judged by the baseline of its run.
+    """
 
     def __init__(
-        self, suite: Suite, folder: RunFolder, reporters: Sequence[Reporter], console: Console, control: Control
+        self,
+        suite: Suite,
+        folder: RunFolder,
+        reporters: Sequence[Reporter],
+        console: Console,
+        control: Control,
+        origin: Path,
     ):
         self.suite, self.folder, self.reporters, self.console = suite, folder, reporters, console
-        self.control = control
+        self.control, self.origin = control, origin
         self._references: dict[str, Likeliest] = {}
 
     def on_start(self, trainer: Trainer) -> None:
@@ -40,9 +52,9 @@ class Evaluation(NullCallback):
         """
         only_judges = not trainer.config.train.tokens and bool(trainer.state.baseline)
         try:
-            known, run_dir = set(trainer.state.item_baseline), self.folder.path
+            known, folders = trainer.state.item_baseline.keys(), [self.folder.path, run_of(self.origin)]
             self._references = references(
-                trainer.engine, self.suite, run_dir, known, lambda: self.control.ends(trainer)
+                trainer.engine, self.suite, folders, known, lambda: self.control.ends(trainer)
             )
             if self._missing(trainer):
                 self._take_baseline(trainer)

@@ -4,7 +4,7 @@ A file is named by the probe and its digest, so other items never meet it. It is
 baseline, and cannot be made again later: the model is another by then.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -21,11 +21,12 @@ FOLDER = "references"
 
 
 def references(
-    engine: Engine, suite: Suite, run_dir: Path, known: set[str], stops: Callable[[], bool]
+    engine: Engine, suite: Suite, folders: Sequence[Path], known: Collection[str], stops: Callable[[], bool]
 ) -> dict[str, Likeliest]:
     """Those of a suite's drift probes: read where there are any, taken of the model as it is where there are none yet.
 
     Args:
+        folders: the run's own, and others where a file may lie: that of the run whose baseline was taken over.
         known: digests of probes whose baseline has been taken: their files must be there.
 
     A collective. Raises InputError for a file that is gone or damaged, FaultError for one that cannot be written, and
@@ -34,7 +35,9 @@ def references(
     found = {}
     for drift in suite.drifts:
         digest = suite.digests[drift.name]
-        path = run_dir / FOLDER / f"{drift.name}-{digest[:16]}.safetensors"
+        name = f"{drift.name}-{digest[:16]}.safetensors"
+        paths = [folder / FOLDER / name for folder in folders]
+        path = paths[0] if digest not in known else next((path for path in paths if path.is_file()), paths[0])
         if digest not in known:
             taken = take_references(engine, [drift], suite.row_tokens, stops)[drift.name]
             _agree(engine, lambda path=path, taken=taken: _write(path, taken), FaultError)
@@ -42,6 +45,11 @@ def references(
         _agree(engine, lambda path=path, drift=drift, box=box: box.append(_read(path, drift)), None)
         found[drift.name] = engine.mesh.share(box[0] if box else None)  # as it is on disk, also where it was just taken
     return found
+
+
+def run_of(checkpoint: Path) -> Path:
+    """The run folder that a checkpoint lies in."""
+    return checkpoint.parent.parent
 
 
 def _agree(engine: Engine, work: Callable[[], None], error: type[Exception] | None) -> None:

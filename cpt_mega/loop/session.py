@@ -151,7 +151,7 @@ def _run_claimed(
         Housekeeping(),
         Stragglers(folder, console),
         AdaptiveWeights(),
-        Evaluation(inputs.suite, folder, reporters, console, control),
+        Evaluation(inputs.suite, folder, reporters, console, control, restore.start.folder),
         checkpoints,
         status,
     ]

@@ -67,6 +67,11 @@ def test_a_run_with_a_suite_is_the_one_without_bit_for_bit_and_has_every_item_of
     assert max(line["value"] for line in metrics(run, "eval") if line["metric"] == "largest_leak_nats") == 0.0
     drift = [line["value"] for line in metrics(run, "eval") if (line["probe"], line["metric"]) == ("drift", "kl")]
     assert drift[0] < 1e-6 < drift[1] < drift[-1]  # the reference is kept as fp32
+    alone = ["train.tokens=0", "schedule.warmup_tokens=0", "restore.mode=weights", f"model.checkpoint={run}"]
+    told = [f"run.dir={tmp_path / 'alone'}", *alone, "parallel.tp=2", f"gates.suite={suite}"]
+    assert workers(2).run("train", config=jobsite.config, overrides=told)[0][0] == "finished"
+    judged = [line["value"] for line in metrics(tmp_path / "alone", "eval") if line["metric"] == "kl"]
+    assert judged == [pytest.approx(drift[-1], rel=1e-5)]  # from where that run began
     (reference,) = (run / "references").iterdir()
     reference.rename(tmp_path / "elsewhere")
     with pytest.raises(JobFailed, match="drift-.*bring it back"):
