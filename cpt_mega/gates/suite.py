@@ -51,12 +51,19 @@ FORMAT = 1  # another one where the same items would be asked or scored in anoth
 
 @dataclass(frozen=True)
 class Suite:
-    """Probes, and the length of the rows that their requests are packed into; ``digests`` by probe."""
+    """Probes.
+
+    Attributes:
+        row_tokens: of the rows that their requests are packed into.
+        digests: by probe.
+        of_buckets: names of the probes that make up the perplexity of their bucket.
+    """
 
     name: str
     row_tokens: int
     probes: tuple[Probe | Drift, ...]
     digests: dict[str, str]
+    of_buckets: frozenset[str] = frozenset()
 
     @property
     def digest(self) -> str:
@@ -74,7 +81,7 @@ class Suite:
     @property
     def perplexity_buckets(self) -> set[str]:
         """Buckets whose perplexity is measured."""
-        return {probe.bucket for probe in self.probes if isinstance(probe, Perplexity)}
+        return {probe.bucket for probe in self.probes if probe.name in self.of_buckets}
 
     @property
     def drifts(self) -> list[Drift]:
@@ -87,11 +94,14 @@ class Suite:
         return replace(self, probes=kept, digests={probe.name: self.digests[probe.name] for probe in kept})
 
     def joined(self, other: "Suite") -> "Suite":
-        """Both in one look. Raises InputError where they have a probe of one name."""
+        """Both in one look. What ``other`` adds to a bucket that has its perplexity already is read apart: that of a bucket
+        does not change with a suite. Raises InputError where they have a probe of one name."""
         twice = sorted(self.digests.keys() & other.digests.keys())
         if twice:
             raise InputError("gates.suite", twice[0], "eval.sets has a set of this name; name the probe otherwise")
-        return Suite(other.name, self.row_tokens, self.probes + other.probes, self.digests | other.digests)
+        more = {p.name for p in other.probes if p.bucket not in self.perplexity_buckets} & other.of_buckets
+        probes, digests = self.probes + other.probes, self.digests | other.digests
+        return Suite(other.name, self.row_tokens, probes, digests, self.of_buckets | more)
 
 
 @dataclass(frozen=True)
@@ -128,7 +138,8 @@ def open_suite(path: Path, tokenizer: TextTokenizer, vocab_size: int, longest: i
         if most > longest:
             fix = f"an item has {most} tokens, and the model reads {longest}; leave it out, or show fewer examples"
             raise InputError(f"suite probe {probe.name}", probe.name, fix)
-    return Suite(options.name, options.row_tokens, probes, _digests(probes, tokenizer.digest))
+    digests, of_buckets = _digests(probes, tokenizer.digest), _perplexities(probes)
+    return Suite(options.name, options.row_tokens, probes, digests, of_buckets)
 
 
 def held_out_suite(config: Config, tokenizer_digest: str, vocab_size: int) -> Suite:
@@ -142,7 +153,7 @@ def held_out_suite(config: Config, tokenizer_digest: str, vocab_size: int) -> Su
         documents = _of_corpus(corpus, config.eval.max_tokens, vocab_size)
         identity = [corpus_identity(corpus.prefix), config.eval.max_tokens]
         probes.append(Perplexity(name + again, option.bucket, documents, window, identity))
-    return Suite("eval.sets", window, tuple(probes), _digests(probes, tokenizer_digest))
+    return Suite("eval.sets", window, tuple(probes), _digests(probes, tokenizer_digest), _perplexities(probes))
 
 
 def texts_of(probe: Probe | Drift) -> list[Request]:
@@ -185,11 +196,11 @@ def take_look(
     return found
 
 
-def perplexity_by_bucket(found: Sequence[Found]) -> dict[str, float]:
-    """Over all target tokens of a bucket's perplexity probes."""
+def perplexity_by_bucket(suite: Suite, found: Sequence[Found]) -> dict[str, float]:
+    """Over all target tokens of the probes that are of a bucket."""
     sums: dict[str, tuple[float, int]] = {}
     for one in found:
-        if isinstance(one.probe, Perplexity):
+        if one.probe.name in suite.of_buckets:
             nll, n = sums.get(one.probe.bucket, (0.0, 0))
             more = [(item.values["nll"], int(item.values["targets"])) for item in one.items]
             sums[one.probe.bucket] = nll + sum(x for x, _ in more), n + sum(x for _, x in more)
@@ -316,6 +327,10 @@ def _up_to(documents: Sequence[ScoredDocument], tokens: int) -> Iterator[ScoredD
         if taken < tokens and len(document.tokens) > 1:
             yield document
         taken += len(document.tokens)
+
+
+def _perplexities(probes: Iterable[Probe | Drift]) -> frozenset[str]:
+    return frozenset(probe.name for probe in probes if isinstance(probe, Perplexity))
 
 
 def _digests(probes: Sequence[Probe], tokenizer_digest: str) -> dict[str, str]:

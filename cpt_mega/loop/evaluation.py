@@ -88,7 +88,7 @@ class Evaluation(NullCallback):
             if one.probe.name in missing:
                 scores = {item.id: item.score for item in one.items if math.isfinite(item.score)}
                 state.item_baseline = {**state.item_baseline, self.suite.digests[one.probe.name]: scores}
-        values = perplexity_by_bucket(found)
+        values = perplexity_by_bucket(self.suite, found)
         taken = {bucket: values[bucket] for bucket in sorted(values.keys() - state.baseline.keys())}
         state.baseline = {**state.baseline, **taken}
         place = {"step": state.step, "tokens": state.tokens}
@@ -101,7 +101,7 @@ class Evaluation(NullCallback):
             return
         found, state = self._look(trainer), trainer.state
         state.judged_step, state.look_pending, state.gate_stop = state.step, False, ""
-        values = perplexity_by_bucket(found)
+        values = perplexity_by_bucket(self.suite, found)
         verdict = self._verdict(trainer, values)
         self._remember(trainer, values, "none" if verdict is None else verdict.action)
         if verdict is None:
@@ -143,7 +143,7 @@ class Evaluation(NullCallback):
         )
 
     def _say(self, trainer: Trainer, found: Sequence[Found], seconds: float) -> None:
-        values = perplexity_by_bucket(found)
+        values = perplexity_by_bucket(self.suite, found)
         words = [
             _change(f"{bucket} perplexity", value, trainer.state.baseline.get(bucket))
             for bucket, value in values.items()

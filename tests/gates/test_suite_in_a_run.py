@@ -45,6 +45,11 @@ def test_a_run_with_a_suite_is_the_one_without_bit_for_bit_and_has_every_item_of
         for folder in (run, plain)
     )
     assert ours == theirs
+    readings = [[x for x in metrics(folder, "eval") if x["probe"].endswith("heldout")] for folder in (run, plain)]
+    assert [[x[key] for key in ("step", "bucket", "n")] for x in readings[0]] == [
+        [x[key] for key in ("step", "bucket", "n")] for x in readings[1]
+    ]
+    assert [x["value"] for x in readings[0]] == pytest.approx([x["value"] for x in readings[1]], rel=1e-5)
     looks = sorted({line["step"] for line in metrics(run, "eval")})
     assert looks == sorted({line["step"] for line in metrics(plain, "eval")}) and len(looks) > 3
     lines = [line for line in read_lines(run / "items.jsonl") if line["probe"] in ITEMS]
@@ -54,6 +59,8 @@ def test_a_run_with_a_suite_is_the_one_without_bit_for_bit_and_has_every_item_of
     (baseline,) = [line for line in read_lines(run / "ledger.jsonl") if line["kind"] == "baseline"]
     assert baseline["digests"].keys() == {*ITEMS, "domain.heldout", "general.heldout"}
     state = read_state(run / "checkpoints" / f"iter_{looks[-1]:07d}")
+    alone = {line["bucket"]: line["value"] for line in readings[0] if line["step"] == 0}
+    assert state.baseline == pytest.approx(alone)  # a suite's texts do not change a bucket's perplexity
     for probe in ITEMS:
         first = {line["id"]: line["score"] for line in lines if line["probe"] == probe and line["step"] == 0}
         assert state.item_baseline[baseline["digests"][probe]] == first
