@@ -39,6 +39,7 @@ from cpt_mega.gates.suite_schema import (
     BoundaryOptions,
     ChoiceOptions,
     DriftOptions,
+    HarnessOptions,
     ListOptions,
     PerplexityOptions,
     ProbeOptions,
@@ -131,7 +132,7 @@ def open_suite(path: Path, tokenizer: TextTokenizer, vocab_size: int, longest: i
     Raises InputError for anything that is wrong in the suite or its items, or that the model cannot read.
     """
     options = load_sections(path, SuiteOptions, "suite", _locate)
-    maker = _Maker(tokenizer, vocab_size, min(options.row_tokens, longest))
+    maker = _Maker(tokenizer, vocab_size, longest, min(options.row_tokens, longest))
     probes = tuple(maker.made(name, probe) for name, probe in options.probes.items())
     for probe in probes:
         most = max(request.inputs for request in texts_of(probe))
@@ -208,18 +209,19 @@ def perplexity_by_bucket(suite: Suite, found: Sequence[Found]) -> dict[str, floa
 
 
 def _locate(values: dict, folder: Path) -> None:
-    """Items lie beside the file that names them."""
+    """Items and tasks lie beside the file that names them."""
     probes = values.get("probes")
     for probe in probes.values() if isinstance(probes, dict) else ():
-        if isinstance(probe, dict) and isinstance(probe.get("items"), str):
-            probe["items"] = str((folder / probe["items"]).absolute())
+        for name in ("items", "tasks") if isinstance(probe, dict) else ():
+            if isinstance(probe.get(name), str):
+                probe[name] = str((folder / probe[name]).absolute())
 
 
 class _Maker:
     """Makes probes of options; one method a kind."""
 
-    def __init__(self, tokenizer: TextTokenizer, vocab_size: int, window: int):
-        self.tokenizer, self.vocab_size, self.window = tokenizer, vocab_size, window
+    def __init__(self, tokenizer: TextTokenizer, vocab_size: int, longest: int, window: int):
+        self.tokenizer, self.vocab_size, self.longest, self.window = tokenizer, vocab_size, longest, window
         self.encoder = Encoder(tokenizer)
 
     def made(self, name: str, options: ProbeOptions) -> Probe:
@@ -278,6 +280,16 @@ class _Maker:
             raise InputError(f"suite probe {name}", encoded.rejects[0].path, encoded.rejects[0].reason)
         parts = np.split(encoded.tokens.astype(np.int64), np.cumsum(encoded.lengths)[:-1])
         return [(item.id, tokens) for item, tokens in zip(items, parts, strict=True)]
+
+    def _harness(self, name: str, options: HarnessOptions) -> Probe:
+        from cpt_mega.gates import harness  # lm-eval, an extra that is large and takes its time to import
+        from cpt_mega.gates.probes.harness import Harness
+
+        longest = min(options.max_length or self.longest, self.longest)
+        maker = harness.RequestMaker(harness.load_tokenizer(self.tokenizer.path.parent), longest)
+        folder = None if options.tasks is None else Path(options.tasks)
+        task = harness.build_task(f"suite probe {name}", options.task, folder, options.shots)
+        return Harness(name, options.bucket, task, maker, options.metric, options.max_items)
 
     def _texts(self, items: Sequence[files.TextItem]) -> list[ScoredDocument]:
         tokens = self.encoder.documents([item.text for item in items])

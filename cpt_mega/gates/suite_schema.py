@@ -67,8 +67,25 @@ class DriftOptions(ProbeOptions):
     count: PositiveInt = Field(64, description="likeliest tokens of the base that are kept at each place")
 
 
+class HarnessOptions(ProbeOptions):
+    kind: Literal["harness"]
+    task: str = Field(min_length=1, description="a task of lm-evaluation-harness that is answered by likelihoods")
+    tasks: str | None = Field(None, description="folder of task files; none: those that come with lm-eval")
+    shots: NonNegativeInt | None = Field(None, description="examples that are shown; none: as the task has it")
+    metric: str | None = Field(None, description="what gates compare; none: the task's first that each item has")
+    max_length: PositiveInt | None = Field(
+        None, description="tokens of a text that are read, cut off on the left; none: all that the model can read"
+    )
+
+
 AnyProbe = Annotated[
-    PerplexityOptions | ChoiceOptions | AnswerOptions | ListOptions | BoundaryOptions | DriftOptions,
+    PerplexityOptions
+    | ChoiceOptions
+    | AnswerOptions
+    | ListOptions
+    | BoundaryOptions
+    | DriftOptions
+    | HarnessOptions,
     Field(discriminator="kind"),
 ]
 
