@@ -2,6 +2,7 @@
 
 import json
 import re
+import sys
 from pathlib import Path
 
 import pytest
@@ -139,6 +140,16 @@ def test_what_is_wrong_is_said_with_its_place(folder, tokenizer, old, new, words
 def test_items_that_the_model_cannot_read_whole_are_refused(folder, tokenizer):
     with pytest.raises(InputError, match="probe choices.*the model reads 16"):
         opened(folder / "suite.yaml", tokenizer, longest=16)
+
+
+def test_a_harness_probe_says_what_to_install_where_lm_eval_is_not_there(folder, tokenizer, monkeypatch):
+    monkeypatch.setitem(sys.modules, "lm_eval", None)
+    monkeypatch.delattr("cpt_mega.gates.harness", raising=False)
+    for name in ("cpt_mega.gates.harness", "cpt_mega.gates.probes.harness"):
+        monkeypatch.delitem(sys.modules, name, raising=False)
+    path = write_suite(folder, SUITE + "  task: {bucket: domain, kind: harness, task: any}\n")
+    with pytest.raises(InputError, match=r"lm-eval = .not there .*launch/install.sh harness"):
+        opened(path, tokenizer)
 
 
 def test_some_of_the_items_are_the_same_whatever_their_order():
