@@ -4,7 +4,9 @@
 #   --full adds the long matrices, on both. With pytest arguments, or ONE_PYTHON=1, only .venv runs.
 set -euo pipefail
 root=$(cd "$(dirname "$0")/.." && pwd)
-bash "$root/launch/install.sh" test
+extras=test
+[ "${1:-}" != --full ] || extras=test,harness,bench
+bash "$root/launch/install.sh" "$extras"
 select=(-m "not full and not gpu")
 again=(-m "versions and not full")
 if [ "${1:-}" = --full ]; then

@@ -79,13 +79,7 @@ class HarnessOptions(ProbeOptions):
 
 
 AnyProbe = Annotated[
-    PerplexityOptions
-    | ChoiceOptions
-    | AnswerOptions
-    | ListOptions
-    | BoundaryOptions
-    | DriftOptions
-    | HarnessOptions,
+    PerplexityOptions | ChoiceOptions | AnswerOptions | ListOptions | BoundaryOptions | DriftOptions | HarnessOptions,
     Field(discriminator="kind"),
 ]
 

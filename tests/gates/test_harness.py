@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-pytest.importorskip("lm_eval", reason="the extra `harness` is not installed (bash launch/install.sh test)")
+pytest.importorskip("lm_eval", reason="the extras `harness,bench` are not installed (tests/run.sh --full does it)")
 
 from cpt_mega.data.tokenizer import TextTokenizer
 from cpt_mega.errors import InputError
@@ -20,6 +20,7 @@ from tests.helpers.harness_jobs import evaluated
 from tests.helpers.harness_tasks import SUITE, write_tasks
 from tests.helpers.models import tiny_llama
 
+pytestmark = pytest.mark.full  # a minute to install, and one to run
 NAMES = ["choices", "words", "texts"]
 FP32 = ["precision=fp32"]
 LAYOUTS = {"one": (1, []), "tp2_sp": (2, ["parallel.tp=2", "parallel.sp=true"])}
