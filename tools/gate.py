@@ -48,8 +48,10 @@ def main() -> int:
 
 
 def measure(options: argparse.Namespace) -> int:
-    from cpt_mega.loop.gate_alone import measure_alone, write_items  # torch, which --help does not need
+    from cpt_mega.loop.gate_alone import check_output, measure_alone, write_items  # torch, which --help does not need
 
+    if options.output is not None:
+        check_output(options.output)
     is_main = os.environ.get("RANK", "0") == "0"
     with steps_progress("asking") if is_main else silent() as progress:
         measured = measure_alone(options.model, options.suite, options.base, options.overrides, progress)

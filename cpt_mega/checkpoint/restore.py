@@ -195,7 +195,8 @@ def _moments(config: Config, start: Start, note: str, contract: Contract) -> Non
 
 def _full(config: Config, start: Start, lineage: dict, layout: dict[str, int], contract: Contract) -> Restore:
     state = read_state(start.folder)
-    stale = [bucket for bucket in state.baseline if _differs(state.lineage["eval"], lineage["eval"], bucket)]
+    now = lineage["eval"]
+    stale = [bucket for bucket in state.baseline if bucket in now and state.lineage["eval"].get(bucket) != now[bucket]]
     for bucket in stale:  # what was measured on other items is no baseline, and cannot be compared with what comes
         del state.baseline[bucket]
         for look in state.gate_history:

@@ -75,6 +75,21 @@ class ChatDocuments:
         tokens = tokens.astype(self.dtype)
         return EncodedBatch(tokens, lengths, mask, kept, text_bytes, rejects, batch.lines, batch.input_bytes)
 
+    def prompt(self, messages: list) -> list[int]:
+        """Token ids of a chat as a model is asked to go on with it, BOS as in documents and no EOS.
+
+        Raises ValueError with a reason, and what the template raises as one.
+        """
+        problem = self._problem(messages)
+        if problem:
+            raise ValueError(problem)
+        try:
+            text = self._text(messages, add_generation_prompt=messages[-1]["role"] != "assistant")
+        except Exception as error:  # a template is a program: it raises what it likes
+            raise ValueError(f"the chat template refuses it: {error!r}") from error
+        ids = self.encoder.encode(text, add_special_tokens=False).ids
+        return [self.tokenizer.bos_id, *ids] if self.bos and ids[:1] != [self.tokenizer.bos_id] else ids
+
     def _encode(self, chat: Document) -> tuple[np.ndarray, np.ndarray, int] | Reject:
         """Ids, mask and bytes of text."""
         try:

@@ -27,10 +27,14 @@ class Encoder:
         """A request for each text and its continuation. Raises InputError for a continuation that has no token."""
         before = self.tokenizer.encode_batch([text for text, _ in pairs])
         whole = self.tokenizer.encode_batch([text + more for text, more in pairs])
-        for (_, more), ids in zip(pairs, whole, strict=True):
-            if not ids:
+        for (_, more), alone, ids in zip(pairs, before, whole, strict=True):
+            if ids == alone:  # it has none, or only what a normaliser takes away
                 raise InputError("items", more, "has no token under this tokenizer; leave the item out")
         return [self._request(*ids) for ids in zip(before, whole, strict=True)]
+
+    def opened(self, texts: Sequence[str]) -> list[list[int]]:
+        """Token ids of texts from the start of a document, without its end."""
+        return [self._front + ids for ids in self.tokenizer.encode_batch(texts)]
 
     def documents(self, texts: Sequence[str]) -> list[list[int]]:
         """Token ids of documents as a corpus stores them."""

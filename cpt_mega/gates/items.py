@@ -136,17 +136,22 @@ def _json_lines(path: Path) -> Iterator[tuple[int, dict]]:
 
 
 def _csv_lines(path: Path) -> Iterator[tuple[int, list[str]]]:
-    yield from enumerate(csv.reader(line for _, line in _lines(path)), 1)
+    rows = csv.reader((line for _, line in _lines(path)), strict=True)
+    try:
+        yield from ((rows.line_num, row) for row in rows)
+    except csv.Error as error:
+        raise InputError(f"{path}:{rows.line_num}", str(path), f"is not CSV ({error})") from None
 
 
 def _lines(path: Path) -> Iterator[tuple[int, str]]:
     try:
         with open(path, encoding="utf-8") as stream:
             yield from enumerate(stream, 1)
-    except OSError as error:
-        raise InputError("items", str(path), f"cannot be read ({error.strerror}); name an existing file") from None
     except UnicodeDecodeError as error:
         raise InputError("items", str(path), f"is not UTF-8 ({error.reason}); save it so") from None
+    except (OSError, ValueError) as error:  # ValueError: a path with a null byte
+        why = getattr(error, "strerror", None) or error
+        raise InputError("items", str(path), f"cannot be read ({why}); name an existing file") from None
 
 
 def _choice(name: str, line: dict) -> ChoiceItem:
@@ -174,6 +179,10 @@ def _checked_choice(name: str, question: Any, choices: Any, answer: Any, labels:
     is_list = isinstance(choices, list) and all(isinstance(choice, str) and choice.strip() for choice in choices)
     if not is_list or not 2 <= len(choices) <= len(LETTERS):
         raise ValueError(f"needs 2 to {len(LETTERS)} texts under {' or '.join(_CHOICES)}")
+    for text in (question, *choices):
+        text.encode()  # half of a surrogate pair is no text: a ValueError
+    if not isinstance(labels, Sequence):
+        raise ValueError("needs a list of labels beside its choices")
     if len(set(choices)) < len(choices):
         raise ValueError("has one choice twice")
     return ChoiceItem(name, question, tuple(choices), _index(answer, labels, len(choices)))
@@ -205,6 +214,7 @@ def _texts(line: dict, *names: str) -> Iterator[str]:
     for name in names:
         if not (isinstance(line.get(name), str) and line[name].strip()):
             raise ValueError(f"needs a text under {name}")
+        line[name].encode()  # half of a surrogate pair is no text: a ValueError
         yield line[name]
 
 

@@ -5,7 +5,8 @@ windows, tokenizer and the version of all this code (``FORMAT``), and not the pa
 """
 
 import json
-from collections import Counter
+import math
+from collections import defaultdict
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -18,8 +19,7 @@ from cpt_mega.data.chat import ChatDocuments, has_template
 from cpt_mega.data.heldout import heldout_documents
 from cpt_mega.data.indexed import IndexedCorpus
 from cpt_mega.data.manifest import ALL
-from cpt_mega.data.readers import Batch, Document
-from cpt_mega.data.sources import corpus_identity, open_corpus
+from cpt_mega.data.sources import open_corpus
 from cpt_mega.data.tokenizer import TextTokenizer
 from cpt_mega.engine.step import Engine
 from cpt_mega.errors import InputError
@@ -71,13 +71,13 @@ class Suite:
         """One name for all of it."""
         return text_digest(json.dumps(sorted(self.digests.items())))
 
-    def digests_by_bucket(self) -> dict[str, str]:
-        """One name for the probes of each bucket."""
-        buckets = sorted({probe.bucket for probe in self.probes})
-        return {
-            bucket: combined_digest(sorted(self.digests[probe.name] for probe in self.probes if probe.bucket == bucket))
-            for bucket in buckets
-        }
+    def bucket_digests(self) -> dict[str, str]:
+        """One name for what each bucket's perplexity is measured on."""
+        found = defaultdict(list)
+        for probe in self.probes:
+            if probe.name in self.of_buckets:
+                found[probe.bucket].append(self.digests[probe.name])
+        return {bucket: combined_digest(sorted(digests)) for bucket, digests in sorted(found.items())}
 
     @property
     def perplexity_buckets(self) -> set[str]:
@@ -95,14 +95,15 @@ class Suite:
         return replace(self, probes=kept, digests={probe.name: self.digests[probe.name] for probe in kept})
 
     def joined(self, other: "Suite") -> "Suite":
-        """Both in one look. What ``other`` adds to a bucket that has its perplexity already is read apart: that of a bucket
-        does not change with a suite. Raises InputError where they have a probe of one name."""
+        """Both in one look, in rows of the shorter kind. What ``other`` adds to a bucket that has its perplexity already is
+        read apart: that of a bucket does not change with a suite. Raises InputError where they have a probe of one name."""
         twice = sorted(self.digests.keys() & other.digests.keys())
         if twice:
             raise InputError("gates.suite", twice[0], "eval.sets has a set of this name; name the probe otherwise")
         more = {p.name for p in other.probes if p.bucket not in self.perplexity_buckets} & other.of_buckets
         probes, digests = self.probes + other.probes, self.digests | other.digests
-        return Suite(other.name, self.row_tokens, probes, digests, self.of_buckets | more)
+        rows = min(self.row_tokens, other.row_tokens) if self.probes else other.row_tokens
+        return Suite(other.name, rows, probes, digests, self.of_buckets | more)
 
 
 @dataclass(frozen=True)
@@ -118,9 +119,9 @@ class Found:
         return self.probe.readings(self.items)
 
     def to_json(self) -> list[dict]:
-        """A line for each reading."""
+        """A line for each reading; None for a value that JSON cannot hold."""
         names = {"bucket": self.probe.bucket, "probe": self.probe.name}
-        return [{**names, "metric": r.metric, "value": r.value, "n": r.n} for r in self.readings]
+        return [{**names, "metric": r.metric, "value": _finite(r.value), "n": r.n} for r in self.readings]
 
 
 def open_suite(path: Path, tokenizer: TextTokenizer, vocab_size: int, longest: int) -> Suite:
@@ -135,26 +136,31 @@ def open_suite(path: Path, tokenizer: TextTokenizer, vocab_size: int, longest: i
     maker = _Maker(tokenizer, vocab_size, longest, min(options.row_tokens, longest))
     probes = tuple(maker.made(name, probe) for name, probe in options.probes.items())
     for probe in probes:
-        most = max(request.inputs for request in texts_of(probe))
+        most = max((request.inputs for request in texts_of(probe)), default=0)
+        if not most:
+            raise InputError(
+                f"suite probe {probe.name}", probe.name, "no item has a token to predict; give other items"
+            )
         if most > longest:
             fix = f"an item has {most} tokens, and the model reads {longest}; leave it out, or show fewer examples"
             raise InputError(f"suite probe {probe.name}", probe.name, fix)
-    digests, of_buckets = _digests(probes, tokenizer.digest), _perplexities(probes)
+    ends = [tokenizer.adds_bos, tokenizer.bos_id, tokenizer.eos_id]  # which its files beside the vocabulary decide
+    digests, of_buckets = _digests(probes, [tokenizer.digest, ends]), _perplexities(probes)
     return Suite(options.name, options.row_tokens, probes, digests, of_buckets)
 
 
 def held_out_suite(config: Config, tokenizer_digest: str, vocab_size: int) -> Suite:
     """The sets of ``eval.sets`` as probes. Raises InputError when one is unusable or was made by another tokenizer."""
-    window, names, probes = config.train.seq_length, Counter(), []
+    window, names, probes = config.train.seq_length, set(), []
     for option in config.eval.sets:
         corpus = open_corpus(f"eval.sets {option.bucket}", option.path, tokenizer_digest, vocab_size)
         name = Path(option.path).name
-        names[name] += 1
-        again = f"-{names[name]}" if names[name] > 1 else ""  # files of one name in several folders
+        while name in names:  # files of one name in several folders
+            name += "+"
+        names.add(name)
         documents = _of_corpus(corpus, config.eval.max_tokens, vocab_size)
-        identity = [corpus_identity(corpus.prefix), config.eval.max_tokens]
-        probes.append(Perplexity(name + again, option.bucket, documents, window, identity))
-    return Suite("eval.sets", window, tuple(probes), _digests(probes, tokenizer_digest), _perplexities(probes))
+        probes.append(Perplexity(name, option.bucket, documents, window))
+    return Suite("eval.sets", window, tuple(probes), _digests(probes, [tokenizer_digest]), _perplexities(probes))
 
 
 def texts_of(probe: Probe | Drift) -> list[Request]:
@@ -249,15 +255,13 @@ class _Maker:
         if path.suffix == ".jsonl":
             items = first_items(files.read_texts(path, options.field), options.max_items)
             documents = list(_up_to(self._texts(items), options.max_tokens))
-            identity: list = [[item.id, item.text] for item in items]
         else:
             corpus = open_corpus(field, str(path), self.tokenizer.digest, self.vocab_size)
             found = _of_corpus(corpus, options.max_tokens, self.vocab_size, self.tokenizer)
-            documents, identity = first_items(found, options.max_items), [corpus_identity(corpus.prefix)]
+            documents = first_items(found, options.max_items)
         if not documents:
             raise InputError(field, str(path), "holds no text of two tokens")
-        limits = [options.max_tokens, options.max_items]
-        return Perplexity(name, options.bucket, documents, self.window, [*identity, limits])
+        return Perplexity(name, options.bucket, documents, self.window)
 
     def _drift(self, name: str, options: DriftOptions) -> Drift:
         path = Path(options.items)
@@ -269,17 +273,18 @@ class _Maker:
         return Drift(name, options.bucket, [text for text in texts if len(text[1]) > 1], options.count)
 
     def _chats(self, name: str, items: Sequence[files.ChatItem]) -> list[tuple[str, np.ndarray]]:
-        """As the tokenizer's template renders them; without one, as lines of a dialogue."""
-        if not has_template(self.tokenizer):
+        """As the tokenizer's template renders them; without one, as lines of a dialogue.
+
+        One more token follows, so that the first one of a reply is a place that is looked at.
+        """
+        if has_template(self.tokenizer):
+            chats = ChatDocuments(self.tokenizer, self.tokenizer.adds_bos, ALL)
+            tokens = [_prompt_ids(name, chats, item) for item in items]
+        else:
             lines = ["\n".join(f"{m['role'].capitalize()}: {m['content']}" for m in item.messages) for item in items]
-            tokens = self.encoder.documents([f"{text}\nAssistant:" for text in lines])
-            return [(item.id, np.array(ids, np.int64)) for item, ids in zip(items, tokens, strict=True)]
-        chats = [Document(item.id, 1, list(item.messages)) for item in items]
-        encoded = ChatDocuments(self.tokenizer, self.tokenizer.adds_bos, ALL)(Batch(chats))
-        if encoded.rejects:
-            raise InputError(f"suite probe {name}", encoded.rejects[0].path, encoded.rejects[0].reason)
-        parts = np.split(encoded.tokens.astype(np.int64), np.cumsum(encoded.lengths)[:-1])
-        return [(item.id, tokens) for item, tokens in zip(items, parts, strict=True)]
+            tokens = self.encoder.opened([f"{text}\nAssistant:" for text in lines])
+        end = self.tokenizer.eos_id
+        return [(item.id, np.array([*ids, end], np.int64)) for item, ids in zip(items, tokens, strict=True)]
 
     def _harness(self, name: str, options: HarnessOptions) -> Probe:
         from cpt_mega.gates import harness  # lm-eval, an extra that is large and takes its time to import
@@ -318,9 +323,10 @@ def _split(name: str, items: list, options: ChoiceOptions | AnswerOptions) -> tu
 def _of_corpus(
     corpus: IndexedCorpus, max_tokens: int, vocab_size: int, tokenizer: TextTokenizer | None = None
 ) -> list[ScoredDocument]:
-    """Held-out documents; a tokenizer tells how many bytes each has."""
+    """Held-out documents; a tokenizer tells how many bytes each has, where all of it counts."""
+    sized = tokenizer is not None
     return [
-        ScoredDocument(f"{number:08d}", tokens, counts, None if tokenizer is None else _bytes(tokenizer, tokens))
+        ScoredDocument(f"{number:08d}", tokens, counts, _bytes(tokenizer, tokens) if sized and counts is None else None)
         for number, tokens, counts in heldout_documents(corpus, max_tokens, vocab_size)
     ]
 
@@ -330,6 +336,17 @@ def _bytes(tokenizer: TextTokenizer, tokens: np.ndarray) -> int:
     ids = tokens.tolist()
     start, end = tokenizer.text_range(ids)
     return len(tokenizer.decode(ids[start:end]).encode())
+
+
+def _prompt_ids(name: str, chats: ChatDocuments, item: files.ChatItem) -> list[int]:
+    try:
+        return chats.prompt(list(item.messages))
+    except ValueError as error:
+        raise InputError(f"suite probe {name}", item.id, str(error)) from None
+
+
+def _finite(value: float) -> float | None:
+    return value if math.isfinite(value) else None
 
 
 def _up_to(documents: Sequence[ScoredDocument], tokens: int) -> Iterator[ScoredDocument]:
@@ -345,5 +362,5 @@ def _perplexities(probes: Iterable[Probe | Drift]) -> frozenset[str]:
     return frozenset(probe.name for probe in probes if isinstance(probe, Perplexity))
 
 
-def _digests(probes: Sequence[Probe], tokenizer_digest: str) -> dict[str, str]:
-    return {probe.name: text_digest(json.dumps([FORMAT, tokenizer_digest, probe.identity()])) for probe in probes}
+def _digests(probes: Sequence[Probe | Drift], tokenizer: list) -> dict[str, str]:
+    return {probe.name: text_digest(json.dumps([FORMAT, tokenizer, probe.identity()])) for probe in probes}

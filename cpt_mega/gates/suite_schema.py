@@ -51,7 +51,7 @@ class ListOptions(ProbeOptions):
     kind: Literal["lists"]
     count: PositiveInt = Field(200, description="items that are generated")
     shots: PositiveInt = Field(6, description="examples in each")
-    longest: int = Field(5, ge=3, description="numbers in a list at most")
+    longest: int = Field(5, ge=3, le=26, description="numbers in a list at most")
     seed: NonNegativeInt = Field(1, description="of the generated lists")
 
 

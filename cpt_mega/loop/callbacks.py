@@ -147,16 +147,24 @@ class Control(NullCallback):
 
         Raises FolderLost on all of them when the run folder is another run's by now.
         """
-        signalled, stop, save, lost = self._asked(trainer)
-        end_if_lost(trainer, self.folder, lost)
+        _, _, save, _ = asked = self._asked(trainer)
         trainer.save_requested = bool(save)
+        self._end(trainer, asked)
+        if save:
+            self.folder.answered(SAVE)
+
+    def end(self, trainer: Trainer) -> None:
+        """Stops the run as ``on_boundary`` does; what was asked for at this boundary stays asked for."""
+        self._end(trainer, self._asked(trainer))
+
+    def _end(self, trainer: Trainer, asked: Sequence[int]) -> None:
+        signalled, stop, _, lost = asked
+        end_if_lost(trainer, self.folder, lost)
         if stop:
             trainer.stop("preempted", "STOP was touched in the run folder")
+            self.folder.answered(STOP)
         elif signalled:
             trainer.stop("preempted", f"received {self.request.name or 'a signal on another rank'}")
-        for name, asked in ((STOP, stop), (SAVE, save)):
-            if asked:
-                self.folder.answered(name)
 
     def _asked(self, trainer: Trainer) -> list[int]:
         folder = self.folder

@@ -11,6 +11,7 @@ from pathlib import Path
 
 from rich.console import Console
 
+from cpt_mega.checkpoint.trainer_state import TrainerState
 from cpt_mega.gates.asking import Interrupted
 from cpt_mega.gates.looks import look_due
 from cpt_mega.gates.requests import Likeliest
@@ -50,18 +51,18 @@ class Evaluation(NullCallback):
         Judges where nothing is trained and the checkpoint's run has a baseline, where a gate stopped the run, and where a stop
         came into the middle of a look.
         """
-        only_judges = not trainer.config.train.tokens and bool(trainer.state.baseline)
+        known = bool(trainer.state.baseline or trainer.state.item_baseline)
+        only_judges = known and not trainer.config.train.tokens
         try:
             known, folders = trainer.state.item_baseline.keys(), [self.folder.path, run_of(self.origin)]
             self._references = references(
                 trainer.engine, self.suite, folders, known, lambda: self.control.ends(trainer)
             )
-            if self._missing(trainer):
-                self._take_baseline(trainer)
+            found = self._take_baseline(trainer) if self._missing(trainer) else None
             if trainer.state.gate_stop or trainer.state.look_pending or only_judges:
-                self._judge(trainer)  # a verdict holds until the same judge says otherwise
+                self._judge(trainer, found)  # a verdict holds until the same judge says otherwise
         except Interrupted:
-            self.control.on_boundary(trainer, 0)
+            self.control.end(trainer)
 
     def on_boundary(self, trainer: Trainer, tokens: int) -> None:
         now = trainer.state.tokens
@@ -73,19 +74,25 @@ class Evaluation(NullCallback):
         try:
             self._judge(trainer)
         except Interrupted:
-            self.control.on_boundary(trainer, tokens)
+            self.control.end(trainer)
 
     def _missing(self, trainer: Trainer) -> list[str]:
-        """Probes without a baseline, and those of buckets without one."""
-        state, digests = trainer.state, self.suite.digests
-        unknown = self.suite.perplexity_buckets - state.baseline.keys()
-        return [p.name for p in self.suite.probes if digests[p.name] not in state.item_baseline or p.bucket in unknown]
+        """Probes without a baseline, and those that make up a bucket without one."""
+        state, suite = trainer.state, self.suite
+        unknown = suite.perplexity_buckets - state.baseline.keys()
+        return [p.name for p in suite.probes if self._is_new(state, p.name)] + [
+            p.name for p in suite.probes if p.name in suite.of_buckets and p.bucket in unknown
+        ]
 
-    def _take_baseline(self, trainer: Trainer) -> None:
+    def _is_new(self, state: TrainerState, probe: str) -> bool:
+        return self.suite.digests[probe] not in state.item_baseline
+
+    def _take_baseline(self, trainer: Trainer) -> list[Found]:
+        """What a probe has of step 0 stays; only what is missing is taken."""
         state, missing = trainer.state, self._missing(trainer)
         found = self._look(trainer)
         for one in found:
-            if one.probe.name in missing:
+            if self._is_new(state, one.probe.name):
                 scores = {item.id: item.score for item in one.items if math.isfinite(item.score)}
                 state.item_baseline = {**state.item_baseline, self.suite.digests[one.probe.name]: scores}
         values = perplexity_by_bucket(self.suite, found)
@@ -94,12 +101,15 @@ class Evaluation(NullCallback):
         place = {"step": state.step, "tokens": state.tokens}
         readings = {one.probe.name: one.to_json()[0]["value"] for one in found if one.probe.name in missing}
         digests = {name: self.suite.digests[name] for name in missing}
-        self.folder.decide({"kind": "baseline", **place, "perplexity": taken, "readings": readings, "digests": digests})
+        line = {"kind": "baseline", **place, "perplexity": taken, "readings": readings, "digests": digests}
+        self.folder.decide(line)
+        return found
 
-    def _judge(self, trainer: Trainer) -> None:
+    def _judge(self, trainer: Trainer, found: list[Found] | None = None) -> None:
+        """``found``: by a look at this very step."""
         if not self.suite.probes:
             return
-        found, state = self._look(trainer), trainer.state
+        found, state = self._look(trainer) if found is None else found, trainer.state
         state.judged_step, state.look_pending, state.gate_stop = state.step, False, ""
         values = perplexity_by_bucket(self.suite, found)
         verdict = self._verdict(trainer, values)

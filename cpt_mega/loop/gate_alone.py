@@ -1,7 +1,9 @@
 """A suite of gates on one model, without a run."""
 
+import contextlib
 import gc
 import json
+import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,6 +14,7 @@ from cpt_mega.errors import InputError
 from cpt_mega.gates.requests import Likeliest
 from cpt_mega.gates.suite import Found, Suite, open_suite, take_look, take_references
 from cpt_mega.hf.model_info import HF_FOLDER
+from cpt_mega.loop.callbacks import finite
 from cpt_mega.loop.scoring import Scorer, scorer
 
 
@@ -32,7 +35,8 @@ class Measured:
         return [
             json.dumps(
                 {"probe": one.probe.name, "bucket": one.probe.bucket, "digest": self.suite.digests[one.probe.name]}
-                | {"id": item.id, "score": item.score, "values": dict(item.values)}
+                | {"id": item.id, "score": finite(item.score)}
+                | {"values": {name: finite(value) for name, value in item.values.items()}}
             )
             for one in self.found
             for item in one.items
@@ -63,10 +67,11 @@ def measure_alone(
     Raises InputError for a model or a suite that cannot be read, or do not fit together.
     """
     with scorer(overrides) as opening:
-        references = {} if base is None else _references(opening, base, suite)
+        references, texts = ({}, {}) if base is None else _references(opening, base, suite)
         gc.collect()  # an engine is a ring of references, and holds the device's memory
         engine, folder = opening.engine(model)
         opened = _opened(suite, engine, folder)
+        _check_same(opened, texts, base)
         left_out = tuple(drift.name for drift in opened.drifts if drift.name not in references)
         opened = opened.without(left_out)
         total, done = sum(len(probe.requests) for probe in opened.probes), 0
@@ -80,15 +85,31 @@ def measure_alone(
         return Measured(model, opened, found, left_out) if engine.mesh.is_main else None
 
 
-def _references(opening: Scorer, base: str, suite: str) -> dict[str, Likeliest]:
+def _references(opening: Scorer, base: str, suite: str) -> tuple[dict[str, Likeliest], dict[str, list]]:
+    """What is kept of the base, and the tokens that it was asked about, by probe."""
     engine, folder = opening.engine(base)
     opened = _opened(suite, engine, folder)
-    return take_references(engine, opened.drifts, opened.row_tokens)
+    texts = {drift.name: [text.tokens.tolist() for text in drift.texts] for drift in opened.drifts}
+    return take_references(engine, opened.drifts, opened.row_tokens), texts
+
+
+def _check_same(opened: Suite, texts: dict[str, list], base: str | None) -> None:
+    """Raises InputError where the base reads an item as other tokens: there is nothing to compare then."""
+    for drift in opened.drifts if texts else ():
+        if texts[drift.name] != [text.tokens.tolist() for text in drift.texts]:
+            fix = f"has another tokenizer or chat template than the model, so {drift.name} has no common tokens; name its base"
+            raise InputError("--base", base, fix)
 
 
 def _opened(suite: str, engine: Engine, folder: Path) -> Suite:
     tokenizer = TextTokenizer.load(folder / HF_FOLDER)
     return open_suite(Path(suite), tokenizer, engine.shape.vocab_size, engine.shape.max_positions)
+
+
+def check_output(path: Path) -> None:
+    """Raises InputError for a file that could not be written: before anything is measured."""
+    if path.is_dir() or not path.parent.is_dir() or not os.access(path.parent, os.W_OK):
+        raise InputError("--output", str(path), "cannot be written; name a file in a folder that exists")
 
 
 def write_items(path: Path, measured: Measured) -> None:
@@ -98,5 +119,6 @@ def write_items(path: Path, measured: Measured) -> None:
         building.write_text("".join(line + "\n" for line in measured.lines()))
         building.replace(path)
     except OSError as error:
-        building.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            building.unlink(missing_ok=True)
         raise InputError("--output", str(path), f"cannot be written ({error.strerror}); name another") from error

@@ -40,16 +40,16 @@ def open_inputs(config: Config, start: Start) -> Inputs:
     sources = _sources(config, info, digest)
     held_out = held_out_suite(config, digest, info.shape.vocab_size)
     asked = _suite(config, info, start.folder)
+    suite = held_out.joined(asked) if asked else held_out
     lineage = {
         "base_digest": info.base_digest,
         "tokenizer_digest": digest,
         "packing_version": PACKING_VERSION,
         "corpora": {source.name: corpus_identity(source.corpus.prefix) for source in sources},
-        "eval": held_out.digests_by_bucket(),
+        "eval": suite.bucket_digests(),
         "suite": asked.digests if asked else {},
         "libraries": library_versions(),
     }
-    suite = held_out.joined(asked) if asked else held_out
     return Inputs(info, sources, suite, lineage, list(_warnings(config, sources, suite)))
 
 

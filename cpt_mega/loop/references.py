@@ -4,6 +4,7 @@ A file is named by the probe and its digest, so other items never meet it. It is
 baseline, and cannot be made again later: the model is another by then.
 """
 
+import shutil
 from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
 
@@ -38,6 +39,9 @@ def references(
         name = f"{drift.name}-{digest[:16]}.safetensors"
         paths = [folder / FOLDER / name for folder in folders]
         path = paths[0] if digest not in known else next((path for path in paths if path.is_file()), paths[0])
+        if digest in known and path != paths[0]:
+            _agree(engine, lambda path=path, to=paths[0]: _copy(path, to), FaultError)
+            path = paths[0]
         if digest not in known:
             taken = take_references(engine, [drift], suite.row_tokens, stops)[drift.name]
             _agree(engine, lambda path=path, taken=taken: _write(path, taken), FaultError)
@@ -70,6 +74,13 @@ def _write(path: Path, taken: Likeliest) -> None:
     building = path.with_suffix(".building")
     save_file({"ids": taken.ids.astype(np.int32), "logprobs": taken.logprobs.astype(np.float32)}, building)
     building.replace(path)
+
+
+def _copy(path: Path, to: Path) -> None:
+    """A run has its own: the one that it began from may be gone tomorrow."""
+    to.parent.mkdir(parents=True, exist_ok=True)
+    shutil.copyfile(path, to.with_suffix(".building"))
+    to.with_suffix(".building").replace(to)
 
 
 def _read(path: Path, drift: Drift) -> Likeliest:

@@ -41,6 +41,13 @@ def test_mmlus_csv(tmp_path):
     assert second.question == "Two\nlines" and second.answer == 0
 
 
+@pytest.mark.parametrize("text", ['"What is,a,b,A\nq2,a,b,A\n', '"a" b,c,d,A\n', f'"{"x" * 200_000}",a,b,A\n'])
+def test_a_csv_that_is_none_is_refused_and_no_rows_are_merged(tmp_path, text):
+    (tmp_path / "x.csv").write_text(text)
+    with pytest.raises(InputError, match="x.csv:.*CSV"):
+        read_choices(tmp_path / "x.csv")
+
+
 def test_names_are_the_items_own_or_follow_from_what_they_say(tmp_path):
     lines = [MMLU | {"id": "x"}, MMLU, MMLU | {"id": 7, "answer": 0}]
     names = [item.id for item in read_choices(written(tmp_path / "a.jsonl", *lines))]
@@ -72,6 +79,8 @@ BAD = {
     "letter behind": (MMLU | {"answer": "C"}, "letter"),
     "choices of numbers": (MMLU | {"choices": [1, 2]}, "choices"),
     "odd stem": (MMLU | {"question": {"stem": 3}}, "question"),
+    "no labels": (MMLU | {"choices": {"text": ["a", "b"], "label": None}}, "labels"),
+    "half a letter": (MMLU | {"question": "\ud800"}, "surrogates"),
 }
 
 

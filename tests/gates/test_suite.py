@@ -3,6 +3,7 @@
 import json
 import re
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -97,6 +98,9 @@ def test_a_digest_covers_the_tokenizer(folder, tokenizer, tmp_path):
     other = TextTokenizer.load(write_bpe_tokenizer(tmp_path / "other", adds_bos=True))
     before, after = (opened(folder / "suite.yaml", each).digests for each in (tokenizer, other))
     assert all(before[probe] != after[probe] for probe in before)
+    for changed in ({"adds_bos": True}, {"eos_id": 7}):  # by a file beside the vocabulary
+        after = opened(folder / "suite.yaml", replace(tokenizer, **changed)).digests
+        assert all(before[probe] != after[probe] for probe in before)
 
 
 def test_texts_of_a_corpus_are_those_of_its_lines(folder, tokenizer):
@@ -114,6 +118,8 @@ BAD = [
     ("kind: lists", "kind: list", "probes.lists"),
     ("count: 8", "cuont: 8", "did you mean 'count'"),
     ("count: 8", "count: 0", "probes.lists.lists.count"),
+    ("count: 8", "count: 8, longest: 27", "probes.lists.lists.longest"),
+    ("items: pairs.jsonl", 'items: "a\\0b.jsonl"', "cannot be read"),
     ("shots: 2}\n  letters", "shots: 9}\n  letters", "the file has 9 items"),
     ("bucket: domain", "bucket: topic", "probes.texts.perplexity.bucket"),
     ("items: pairs.jsonl", "items: gone.jsonl", "gone.jsonl"),

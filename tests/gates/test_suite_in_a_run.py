@@ -104,6 +104,54 @@ def test_other_items_of_a_suite_are_refused_until_they_are_accepted_and_get_a_ba
     assert len(taken) == 2 and taken[1].keys() == {"answers"} and taken[1]["answers"] != taken[0]["answers"]
 
 
+def test_a_bucket_that_gets_other_items_leaves_the_step_0_scores_of_all_other_probes(workers, jobsite, words, tmp_path):
+    """Or a drop until then would never be seen."""
+    run, suite = tmp_path / "run", write_suite(tmp_path)
+    words = [f"run.dir={run}", *words, "train.tokens=300", "schedule.warmup_tokens=0", f"gates.suite={suite}"]
+    workers(1).run("train", config=jobsite.config, overrides=words)
+    (baseline,) = [line for line in read_lines(run / "ledger.jsonl") if line["kind"] == "baseline"]
+    other = f"eval.sets=[{{path: {jobsite.folder}/general.heldout, bucket: general}}]"  # domain is now the suite's
+    more = [*words, other, "restore.accept=[eval.sets]"]
+    assert workers(1).run("train", config=jobsite.config, overrides=more)[0][0] == "finished"
+    _, taken = [line for line in read_lines(run / "ledger.jsonl") if line["kind"] == "baseline"]
+    assert set(taken["digests"]) == {"texts"} and taken["perplexity"].keys() == {"domain"}
+    state = read_state(sorted((run / "checkpoints").glob("iter_*"))[-1])
+    first = {x["id"]: x["score"] for x in read_lines(run / "items.jsonl") if x["probe"] == "letters" and x["step"] == 0}
+    assert state.item_baseline[baseline["digests"]["letters"]] == first
+
+
+def test_a_checkpoint_is_judged_by_a_suite_alone_and_a_run_that_forks_keeps_its_references(
+    workers, jobsite, words, plain, tmp_path
+):
+    first, suite = tmp_path / "first", write_suite(tmp_path)
+    words = [
+        *words,
+        "eval.sets=[]",
+        f"gates.suite={suite}",
+        "schedule.warmup_tokens=0",
+        "gates.general_perplexity_limit=1",
+    ]
+    begin = [f"run.dir={first}", *words, "train.tokens=300"]
+    assert workers(1).run("train", config=jobsite.config, overrides=begin)[0][0] == "finished"
+    end = [x for x in metrics(first, "eval") if x["probe"] == "drift" and x["metric"] == "kl"][-1]["value"]
+    alone = [
+        f"run.dir={tmp_path / 'alone'}",
+        *words,
+        "train.tokens=0",
+        "restore.mode=weights",
+        f"model.checkpoint={first}",
+    ]
+    assert workers(1).run("train", config=jobsite.config, overrides=alone)[0][0] == "finished"
+    judged = [x["value"] for x in metrics(tmp_path / "alone", "eval") if x["probe"] == "drift" and x["metric"] == "kl"]
+    assert judged == [pytest.approx(end, rel=1e-5)]
+    fork = [f"run.dir={tmp_path / 'fork'}", *words, "restore.mode=full", f"model.checkpoint={first}"]
+    for tokens in (600, 900):
+        more = [f"train.tokens={tokens}", "restore.accept=[train.tokens]"]
+        assert workers(1).run("train", config=jobsite.config, overrides=[*fork, *more])[0][0] == "finished"
+        if tokens == 600:
+            (first / "references").rename(tmp_path / "gone")
+
+
 def test_a_suite_that_is_none_is_refused_before_anything_is_made(workers, jobsite, words, tmp_path):
     suite = write_suite(tmp_path, SUITE.replace("kind: lists", "kind: list"))
     with pytest.raises(JobFailed, match="probes.lists"):

@@ -5,6 +5,7 @@ three times: with the second alone, with both as the two documents of a row, and
 must be equal; the third shows that a leak would have been seen.
 """
 
+import math
 from collections.abc import Sequence
 from statistics import fmean
 
@@ -44,7 +45,8 @@ class Boundaries:
 
     def readings(self, items: Sequence[ItemScore]) -> list[Reading]:
         """See Probe: the largest change a target token by a document before it, and what reading that document brings."""
-        worst = max(abs(item.values["leaked"]) for item in items)
+        leaks = [abs(item.values["leaked"]) for item in items]
+        worst = max(leaks) if all(map(math.isfinite, leaks)) else math.nan  # which a broken mask may well give
         gain = fmean(item.values["gain"] for item in items)
         return [Reading("largest_leak_nats", worst, len(items)), Reading("gain_nats", gain, len(items))]
 

@@ -1,7 +1,8 @@
 """Multiple choice by likelihood: which continuation the model finds likeliest.
 
-Scores as lm-evaluation-harness has them: ``acc`` by the log-probability, ``acc_norm`` by that a byte of the choice (of a
-letter alone there is nothing to divide by). ``brier`` is the squared distance of the choices' probabilities, made to sum to
+``acc`` goes by the log-probability, ``acc_norm`` by that a byte of the choice (lm-evaluation-harness divides by its characters;
+of a letter alone there is nothing to divide by). Of a model that has no finite log-probability for any choice nothing is a
+number, and so is none of its scores. ``brier`` is the squared distance of the choices' probabilities, made to sum to
 one, from the right answer (Brier 1950): it moves where the likeliest choice does not change yet.
 """
 
@@ -62,7 +63,10 @@ class Choice:
 
     def _score(self, item: ChoiceItem, answers: Sequence[Likelihood]) -> ItemScore:
         logprobs = [answer.logprob for answer in answers]
-        sizes = [len(ending.encode()) for ending in _endings(item, self._style)]
+        if not any(map(math.isfinite, logprobs)):
+            values = dict.fromkeys(("acc", "acc_norm", "brier", "share", "chosen"), math.nan)
+            return ItemScore(item.id, math.nan, values)
+        sizes = [len(ending.removeprefix(" ").encode()) for ending in _endings(item, self._style)]
         likeliest = _first_largest(logprobs)
         per_byte = _first_largest([logprob / size for logprob, size in zip(logprobs, sizes, strict=True)])
         shares = _normalised(logprobs)
@@ -89,9 +93,7 @@ def _prompt(item: ChoiceItem, style: Style) -> str:
 
 def _endings(item: ChoiceItem, style: Style) -> list[str]:
     """What is scored behind the prompt; a blank before a word is part of its token."""
-    return [
-        f" {letter if style == 'letters' else choice}" for letter, choice in zip(LETTERS, item.choices, strict=False)
-    ]
+    return [f" {ending}" for ending in (LETTERS[: len(item.choices)] if style == "letters" else item.choices)]
 
 
 def _first_largest(values: Sequence[float]) -> int:

@@ -4,6 +4,7 @@ A document that is longer than a row is read by a window that moves half a row a
 the document is scored once, and all but those of the first window with at least half a row of context.
 """
 
+import hashlib
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -21,7 +22,8 @@ class ScoredDocument:
     Attributes:
         tokens: int64 [n], n > 1.
         counts: bool [n], which of them count as targets; None: all but the first.
-        size: bytes of the text; None where nobody knows.
+        size: bytes of the text, that of a first token which nothing predicts included; None where nobody knows, and where
+            not all of it counts.
     """
 
     id: str
@@ -35,17 +37,21 @@ class Perplexity:
 
     is_binary = False
 
-    def __init__(self, name: str, bucket: str, documents: Sequence[ScoredDocument], window: int, identity: object):
-        """``identity``: plain values that name the documents."""
+    def __init__(self, name: str, bucket: str, documents: Sequence[ScoredDocument], window: int):
         self.name, self.bucket = name, bucket
-        self._documents, self._identity = list(documents), [window, identity]
+        self._documents, self._window = list(documents), window
         windows = [list(_windows(document, window)) for document in self._documents]
         self._counts = [len(requests) for requests in windows]
         self.requests = [request for requests in windows for request in requests]
 
     def identity(self) -> object:
         """See Probe."""
-        return ["perplexity", self.name, self.bucket, self._identity]
+        digest = hashlib.sha256()
+        for document in self._documents:
+            counts = b"" if document.counts is None else document.counts.astype(np.uint8).tobytes()
+            for part in (document.id.encode(), document.tokens.astype("<i8").tobytes(), counts):
+                digest.update(len(part).to_bytes(8, "little") + part)
+        return ["perplexity", self.name, self.bucket, self._window, digest.hexdigest()]
 
     def items(self, answers: Sequence[Likelihood]) -> list[ItemScore]:
         """See Probe."""

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 
 from cpt_mega.data.tokenizer import TextTokenizer
+from cpt_mega.errors import InputError
 from cpt_mega.gates.encoding import Encoder
 from cpt_mega.gates.items import AnswerItem, BoundaryItem, ChoiceItem
 from cpt_mega.gates.probes.answers import Answers
@@ -42,7 +43,7 @@ ITEM = ChoiceItem("a", "Which one?", ("red", "a very long colour"), 0)
 
 def test_a_choice_is_right_when_its_log_probability_is_the_largest_and_normalised_a_byte(encoder):
     (found,) = Choice("p", "general", [ITEM], encoder).items(answered(-3.0, -4.0))
-    assert found.values["acc"] == 1.0 and found.values["acc_norm"] == 0.0  # 4 / 19 bytes is less than 3 / 4
+    assert found.values["acc"] == 1.0 and found.values["acc_norm"] == 0.0  # 4 / 18 bytes is less than 3 / 3
     assert found.score == found.values["acc"]
     shares = [math.exp(-3) / (math.exp(-3) + math.exp(-4)), math.exp(-4) / (math.exp(-3) + math.exp(-4))]
     assert found.values["brier"] == pytest.approx((1 - shares[0]) ** 2 + shares[1] ** 2)
@@ -51,11 +52,14 @@ def test_a_choice_is_right_when_its_log_probability_is_the_largest_and_normalise
     assert normalised.score == 0.0
 
 
-def test_of_equal_choices_the_first_is_taken_and_a_lost_model_is_wrong_by_its_numbers(encoder):
+def test_of_equal_choices_the_first_is_taken_and_a_lost_model_has_no_score(encoder):
     probe = Choice("p", "general", [ITEM], encoder)
     assert probe.items(answered(-3.0, -3.0))[0].values["chosen"] == 0.0
     assert probe.items(answered(math.nan, -3.0))[0].values["chosen"] == 1.0
-    assert probe.items(answered(math.nan, math.nan))[0].values["share"] == 0.5
+    for lost in (math.nan, -math.inf):
+        items = probe.items(answered(lost, lost))
+        assert math.isnan(items[0].score) and math.isnan(items[0].values["brier"])
+        assert math.isnan(probe.readings([*items, *probe.items(answered(-3.0, -4.0))])[0].value)
 
 
 @pytest.mark.parametrize(
@@ -122,6 +126,8 @@ def test_a_document_before_another_is_put_there_as_a_document_and_as_its_start(e
     assert found.values["leaked"] == pytest.approx(-0.05) and found.values["gain"] == pytest.approx(2.0)
     assert found.score == pytest.approx(-0.05)
     assert probe.readings([found])[0].value == pytest.approx(0.05)
+    (lost,) = probe.items([Likelihood(-10.0, False, 4), Likelihood(math.nan, False, 4), Likelihood(-2.0, True, 4)])
+    assert math.isnan(probe.readings([found, lost])[0].value)
 
 
 @pytest.mark.parametrize("length", [2, 3, 9, 10, 11, 13, 14, 57])
@@ -129,7 +135,7 @@ def test_a_document_before_another_is_put_there_as_a_document_and_as_its_start(e
 def test_every_token_of_a_document_is_scored_once_with_half_a_window_before_it(length, window):
     tokens, counts = np.arange(length), np.arange(length) % 3 != 1
     for counted in (None, counts):
-        probe = Perplexity("p", "general", [ScoredDocument("a", tokens, counted)], window, None)
+        probe = Perplexity("p", "general", [ScoredDocument("a", tokens, counted)], window)
         scored = []
         for number, request in enumerate(probe.requests):
             assert request.inputs <= window
@@ -141,7 +147,7 @@ def test_every_token_of_a_document_is_scored_once_with_half_a_window_before_it(l
 
 def test_perplexity_is_over_all_targets_and_bits_over_all_bytes():
     documents = [ScoredDocument("a", np.arange(3), size=4), ScoredDocument("b", np.arange(2), size=6)]
-    probe = Perplexity("p", "general", documents, 8, None)
+    probe = Perplexity("p", "general", documents, 8)
     items = probe.items([Likelihood(-3.0, False, 2), Likelihood(-6.0, False, 1)])
     assert [item.score for item in items] == [-1.5, -6.0]
     perplexity, bits = probe.readings(items)
@@ -169,6 +175,8 @@ def test_encoding_begins_where_the_text_alone_ends(tokenizer, tmp_path):
     assert (
         request.tokens[0] == opening.tokenizer.bos_id and text(opening, request, slice(request.first, None)) == " line"
     )
+    with pytest.raises(InputError, match="no token"):
+        plain.continued([("for", "")])
     (merged,) = plain.continued([("lin", "e")])  # one token of both: all of it is scored
     assert text(plain, merged, slice(merged.first, None)).endswith("e") and merged.first >= 1
 
