@@ -51,8 +51,8 @@ class Evaluation(NullCallback):
         Judges where nothing is trained and the checkpoint's run has a baseline, where a gate stopped the run, and where a stop
         came into the middle of a look.
         """
-        known = bool(trainer.state.baseline or trainer.state.item_baseline)
-        only_judges = known and not trainer.config.train.tokens
+        has_baseline = bool(trainer.state.baseline or trainer.state.item_baseline)
+        only_judges = has_baseline and not trainer.config.train.tokens
         try:
             known, folders = trainer.state.item_baseline.keys(), [self.folder.path, run_of(self.origin)]
             self._references = references(

@@ -6,6 +6,7 @@ baseline, and cannot be made again later: the model is another by then.
 
 import shutil
 from collections.abc import Callable, Collection, Sequence
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -36,18 +37,13 @@ def references(
     found = {}
     for drift in suite.drifts:
         digest = suite.digests[drift.name]
-        name = f"{drift.name}-{digest[:16]}.safetensors"
-        paths = [folder / FOLDER / name for folder in folders]
-        path = paths[0] if digest not in known else next((path for path in paths if path.is_file()), paths[0])
-        if digest in known and path != paths[0]:
-            _agree(engine, lambda path=path, to=paths[0]: _copy(path, to), FaultError)
-            path = paths[0]
+        paths = [folder / FOLDER / f"{drift.name}-{digest[:16]}.safetensors" for folder in folders]
+        taken = None
         if digest not in known:
             taken = take_references(engine, [drift], suite.row_tokens, stops)[drift.name]
-            _agree(engine, lambda path=path, taken=taken: _write(path, taken), FaultError)
-        box: list[Likeliest] = []
-        _agree(engine, lambda path=path, drift=drift, box=box: box.append(_read(path, drift)), None)
-        found[drift.name] = engine.mesh.share(box[0] if box else None)  # as it is on disk, also where it was just taken
+        found[drift.name] = _of_main(
+            engine, partial(_kept, paths, taken, drift)
+        )  # as on disk, also where it was just taken
     return found
 
 
@@ -56,17 +52,33 @@ def run_of(checkpoint: Path) -> Path:
     return checkpoint.parent.parent
 
 
-def _agree(engine: Engine, work: Callable[[], None], error: type[Exception] | None) -> None:
-    """Does it on the main process; what goes wrong there is raised on all of them."""
-    problem = None
-    if engine.mesh.is_main:
+def _of_main(engine: Engine, work: Callable[[], Likeliest]) -> Likeliest:
+    """What the main process gets, on all of them; what goes wrong there is raised on all of them."""
+    found: Likeliest | Exception | None = None
+    if engine.mesh.is_main:  # alone: others may see its files sooner or later
         try:
-            work()
-        except (OSError, InputError) as caught:
-            problem = caught if isinstance(caught, InputError) else error(f"{FOLDER}: {caught}")
-    problem = engine.mesh.share(problem)
-    if problem is not None:
-        raise problem
+            found = work()
+        except InputError as error:
+            found = error
+        except OSError as error:
+            found = FaultError(
+                f"{FOLDER} cannot be written ({error.strerror}): mend that, then the same command goes on"
+            )
+    found = engine.mesh.share(found)
+    if isinstance(found, Exception):
+        raise found
+    return found
+
+
+def _kept(paths: Sequence[Path], taken: Likeliest | None, drift: Drift) -> Likeliest:
+    """Keeps what was taken in the first place; or has it there already, or copies it from another."""
+    own = paths[0]
+    other = next((path for path in paths[1:] if path.is_file()), None)
+    if taken is not None:
+        _write(own, taken)
+    elif other is not None and not own.is_file():
+        _copy(other, own)
+    return _read(own, drift)
 
 
 def _write(path: Path, taken: Likeliest) -> None:
