@@ -68,7 +68,8 @@ def _scores(workers, tmp_path, layout: str, checkpoint, rows=ROWS, extra=("preci
 
 
 # The rest is the long matrix: four processes on two cores are slow.
-QUICK = dict.fromkeys(MODELS, ("tp1", "tp2_sp", "pp2")) | {
+# Stages divide every family alike, but for embeddings that two of them share.
+QUICK = {name: ("tp1", "tp2_sp", *(["pp2"] if "tied" in name else [])) for name in MODELS} | {
     "llama": tuple(LAYOUTS),
     "llama_eight_heads": ("tp4",),
     "qwen3": ("tp1", "tp2", "tp2_sp", "pp2", "tp2_sp_pp2"),

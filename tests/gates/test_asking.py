@@ -91,7 +91,7 @@ def test_the_likeliest_continuation_is_greedy(workers, jobsite):
     assert [answer["is_greedy"] for answer in ask(workers, jobsite, asked, 8)[0]] == [True, False]
 
 
-@pytest.mark.parametrize("row_tokens", [1, 16, 128])
+@pytest.mark.parametrize("row_tokens", [1, pytest.param(128, marks=pytest.mark.full)])
 def test_rows_of_any_length_give_the_same_answers(workers, jobsite, requests, expected, row_tokens):
     """Shorter ones than a request are made longer."""
     found = ask(workers, jobsite, requests, row_tokens)[0]

@@ -120,6 +120,7 @@ def test_a_bucket_that_gets_other_items_leaves_the_step_0_scores_of_all_other_pr
     assert state.item_baseline[baseline["digests"]["letters"]] == first
 
 
+@pytest.mark.full
 def test_a_checkpoint_is_judged_by_a_suite_alone_and_a_run_that_forks_keeps_its_references(
     workers, jobsite, words, plain, tmp_path
 ):
