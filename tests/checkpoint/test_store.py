@@ -56,7 +56,7 @@ def test_every_file_is_sealed_and_nothing_else_is_left(run):
     tracker = (run / "checkpoints" / "latest_checkpointed_iteration.txt").read_text()
     assert tracker.strip() == str(len(folders))
     lineage = json.loads((folders[-1] / "trainer_state.json").read_text())["lineage"]
-    digests = {"base_digest", "tokenizer_digest", "corpora", "eval"}
+    digests = {"base_digest", "tokenizer_digest", "corpora", "eval", "suite"}
     assert (
         digests | {"packing_version", "code", "libraries", "restore", "began", "weights", "parent_weights"}
         == lineage.keys()
