@@ -5,6 +5,7 @@ dataclasses, and ``Annotated`` with a ``Range`` or a ``Pattern``. A bool is no n
 fraction.
 """
 
+import math
 import re
 from dataclasses import MISSING, dataclass, fields, is_dataclass
 from types import UnionType
@@ -36,6 +37,11 @@ class Pattern:
 
 Count = Annotated[int, Range(0, 2**63 - 1)]
 Digest = Annotated[str, Pattern("[0-9a-f]{64}")]
+
+
+def finite(value: float) -> float | None:
+    """What JSON can hold of a number: None in place of NaN and infinities."""
+    return value if math.isfinite(value) else None
 
 
 def type_problem(value: object, hint: Any, name: str = "") -> str | None:

@@ -8,12 +8,12 @@ DIR is a run, an iter_* folder, an import or an HF folder. Results may be compar
 """
 
 import argparse
+import contextlib
 import importlib.util
 import json
 import os
 import shlex
 import sys
-from collections.abc import Callable
 from pathlib import Path
 
 if importlib.util.find_spec("cpt_mega") is None:  # run from a checkout that is not installed
@@ -53,7 +53,8 @@ def measure(options: argparse.Namespace) -> int:
     if options.output is not None:
         check_output(options.output)
     is_main = os.environ.get("RANK", "0") == "0"
-    with steps_progress("asking") if is_main else silent() as progress:
+    silent = contextlib.nullcontext(lambda done, total: None)
+    with steps_progress("asking") if is_main else silent as progress:
         measured = measure_alone(options.model, options.suite, options.base, options.overrides, progress)
     if measured is None:
         return 0
@@ -64,16 +65,6 @@ def measure(options: argparse.Namespace) -> int:
     else:
         show(measured, options)
     return 0
-
-
-class silent:
-    """Progress that nobody sees."""
-
-    def __enter__(self) -> Callable[[int, int], None]:
-        return lambda done, total: None
-
-    def __exit__(self, *error) -> None:
-        pass
 
 
 def show(measured, options: argparse.Namespace) -> None:

@@ -4,9 +4,8 @@ They are short and many: one a row would compute mostly padding. They are packed
 and each gets the log-probability that it has alone.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
 
 import numpy as np
 import torch
@@ -43,8 +42,7 @@ def score_requests(
     """
     values = np.zeros((len(requests), 3))
     for asked, rows in _rounds(engine, requests, row_tokens, stops):
-        numbers = {request: (place, 0) for place, request in enumerate(asked)}
-        values[asked] = score_groups(engine, rows(numbers), len(asked)).numpy()
+        values[asked] = score_groups(engine, rows, len(asked)).numpy()
         advance(len(asked))
     return [Likelihood(logprob, hits == targets, int(targets)) for logprob, hits, targets in values.tolist()]
 
@@ -57,11 +55,11 @@ def likeliest_tokens(
     stops: Callable[[], bool] = lambda: False,
 ) -> Likeliest:
     """The likeliest tokens at every target of requests; as ``score_requests`` has it, on every rank."""
-    first = target_offsets(requests)
+    first = _target_offsets(requests)
     ids, logprobs = np.zeros((2, first[-1], count))
-    for asked, rows in _rounds(engine, requests, row_tokens, stops):
-        numbers, places = _consecutive(asked, first)
-        found = likeliest_of_targets(engine, rows(numbers), len(places), count)
+    for asked, rows in _rounds(engine, requests, row_tokens, stops, by_target=True):
+        places = _targets_of(asked, first)
+        found = likeliest_of_targets(engine, rows, len(places), count)
         ids[places], logprobs[places] = found[0].numpy(), found[1].numpy()
     return Likeliest(ids.astype(np.int64), logprobs)
 
@@ -75,27 +73,23 @@ def distributions(
 ) -> tuple[np.ndarray, np.ndarray]:
     """Log-probabilities of given tokens ``ids`` [targets, count] at every target of requests, and [targets] that of the least
     likely token of all; as ``score_requests`` has it, on every rank."""
-    first = target_offsets(requests)
+    first = _target_offsets(requests)
     logprobs, least = np.zeros(ids.shape), np.zeros(len(ids))
-    for asked, rows in _rounds(engine, requests, row_tokens, stops):
-        numbers, places = _consecutive(asked, first)
-        found = logprobs_at_targets(engine, rows(numbers), torch.from_numpy(ids[places]))
+    for asked, rows in _rounds(engine, requests, row_tokens, stops, by_target=True):
+        places = _targets_of(asked, first)
+        found = logprobs_at_targets(engine, rows, torch.from_numpy(ids[places]))
         logprobs[places], least[places] = found[0].numpy(), found[1].numpy()
     return logprobs, least
 
 
-def target_offsets(requests: Sequence[Request]) -> np.ndarray:
+def _target_offsets(requests: Sequence[Request]) -> np.ndarray:
     """Where the targets of each request begin when those of all stand one behind the other; int64 [requests + 1]."""
     return np.cumsum([0, *(len(request.tokens) - request.first for request in requests)])
 
 
-def _consecutive(asked: np.ndarray, first: np.ndarray) -> tuple[dict[int, tuple[int, int]], np.ndarray]:
-    """Numbers for the targets of some requests, and where these stand among those of all."""
-    numbers, places = {}, []
-    for request in asked.tolist():
-        numbers[request] = (sum(map(len, places)), 1)
-        places.append(np.arange(first[request], first[request + 1]))
-    return numbers, np.concatenate(places)
+def _targets_of(asked: np.ndarray, first: np.ndarray) -> np.ndarray:
+    """Where the targets of some requests stand among those of all; int64."""
+    return np.concatenate([np.arange(first[request], first[request + 1]) for request in asked])
 
 
 def _check_ids(requests: Sequence[Request], vocab_size: int) -> None:
@@ -106,10 +100,13 @@ def _check_ids(requests: Sequence[Request], vocab_size: int) -> None:
 
 
 def _rounds(
-    engine: Engine, requests: Sequence[Request], row_tokens: int, stops: Callable[[], bool]
-) -> Iterator[tuple[np.ndarray, Callable[[dict[int, tuple[int, int]]], list["_RequestRow"]]]]:
-    """Packs requests; gives some of them at a time, so many that every process has some micro-batches, and what makes their
-    rows of ``{request: (number of its first target, step to the next)}``. Raises as ``score_requests``."""
+    engine: Engine, requests: Sequence[Request], row_tokens: int, stops: Callable[[], bool], by_target: bool = False
+) -> Iterator[tuple[np.ndarray, list["_RequestRow"]]]:
+    """Packs requests; gives some of them at a time, so many that every process has some micro-batches: their indices, and rows.
+
+    Groups of the rows are the requests in the order of the indices; or, ``by_target``, all of their targets one behind the
+    other. Raises as ``score_requests``.
+    """
     if not requests:
         return
     _check_ids(requests, engine.shape.vocab_size)
@@ -121,11 +118,9 @@ def _rounds(
             raise Interrupted
         rows = range(start, min(start + size, plan.rows))
         asked = np.array([request for row in rows for request, _, _ in plan.pieces(row)], np.int64)
-        yield asked, partial(_packed, plan, rows, requests)
-
-
-def _packed(plan: RowPlan, rows: range, requests: Sequence[Request], numbers: dict) -> list["_RequestRow"]:
-    return [_RequestRow.of(plan, row, requests, numbers) for row in rows]
+        numbers = _target_offsets([requests[request] for request in asked]) if by_target else range(len(asked))
+        groups = dict(zip(asked.tolist(), numbers, strict=False))
+        yield asked, [_RequestRow.of(plan, row, requests, groups, by_target) for row in rows]
 
 
 @dataclass(frozen=True)
@@ -140,9 +135,10 @@ class _RequestRow:
 
     @classmethod
     def of(
-        cls, plan: RowPlan, row: int, requests: Sequence[Request], numbers: dict[int, tuple[int, int]]
+        cls, plan: RowPlan, row: int, requests: Sequence[Request], first: Mapping[int, int], by_target: bool
     ) -> "_RequestRow":
-        """Row ``row`` of a plan over requests, whose targets have the numbers from the first on, each so much higher."""
+        """Row ``row`` of a plan over requests; ``first``: the group of each one's first target, which all of them are in, or,
+        ``by_target``, from which on they have a group each."""
         ids, labels = np.full((2, plan.seq_length), PAD_ID, np.int64)
         groups = np.full(plan.seq_length, UNCOUNTED, np.int64)
         doc_lengths, at = [], 0
@@ -150,8 +146,7 @@ class _RequestRow:
             request = requests[index]
             ids[at : at + length], labels[at : at + length] = request.tokens[:-1], request.tokens[1:]
             counts = True if request.counts is None else request.counts[request.first :]
-            number, step = numbers[index]
-            owners = number + step * np.arange(len(request.tokens) - request.first)
+            owners = first[index] + by_target * np.arange(len(request.tokens) - request.first)
             groups[at + request.first - 1 : at + length] = np.where(counts, owners, UNCOUNTED)
             doc_lengths += [*request.lengths[:-1], length - sum(request.lengths[:-1])]
             at += length

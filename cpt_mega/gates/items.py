@@ -99,6 +99,14 @@ def read_texts(path: Path, field: str) -> list[TextItem]:
     return _items(path, _json_lines(path), lambda name, line: TextItem(name, *_texts(line, field)))
 
 
+def first_items(items: Sequence, most: int | None) -> list:
+    """At most so many of what has an ``id``, always the same, from all over the file; in its order."""
+    if most is None or len(items) <= most:
+        return list(items)
+    kept = set(sorted(range(len(items)), key=lambda place: text_digest(items[place].id))[:most])
+    return [item for place, item in enumerate(items) if place in kept]
+
+
 def _items(path: Path, lines: Iterator[tuple[int, Any]], make: Callable[[str, Any], Item]) -> list[Item]:
     found: dict[str, Item] = {}
     for number, line in lines:

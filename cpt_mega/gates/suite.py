@@ -5,10 +5,10 @@ windows, tokenizer and the version of all this code (``FORMAT``), and not the pa
 """
 
 import json
-import math
 from collections import defaultdict
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 
 import numpy as np
@@ -26,6 +26,7 @@ from cpt_mega.errors import InputError
 from cpt_mega.gates import items as files
 from cpt_mega.gates.asking import distributions, likeliest_tokens, score_requests
 from cpt_mega.gates.encoding import Encoder
+from cpt_mega.gates.items import first_items
 from cpt_mega.gates.probes.answers import Answers
 from cpt_mega.gates.probes.boundaries import Boundaries
 from cpt_mega.gates.probes.choice import Choice
@@ -45,6 +46,7 @@ from cpt_mega.gates.suite_schema import (
     ProbeOptions,
     SuiteOptions,
 )
+from cpt_mega.json_types import finite
 from cpt_mega.lineage import combined_digest, text_digest
 
 FORMAT = 1  # another one where the same items would be asked or scored in another way
@@ -113,15 +115,22 @@ class Found:
     probe: Probe | Drift
     items: list[ItemScore]
 
-    @property
+    @cached_property
     def readings(self) -> list[Reading]:
         """See Probe."""
         return self.probe.readings(self.items)
 
+    def lines(self) -> Iterator[dict]:
+        """Each item as plain values; None for a number that JSON cannot hold."""
+        names = {"probe": self.probe.name, "bucket": self.probe.bucket}
+        for item in self.items:
+            values = {name: finite(value) for name, value in item.values.items()}
+            yield {**names, "id": item.id, "score": finite(item.score), "values": values}
+
     def to_json(self) -> list[dict]:
         """A line for each reading; None for a value that JSON cannot hold."""
         names = {"bucket": self.probe.bucket, "probe": self.probe.name}
-        return [{**names, "metric": r.metric, "value": _finite(r.value), "n": r.n} for r in self.readings]
+        return [{**names, "metric": r.metric, "value": finite(r.value), "n": r.n} for r in self.readings]
 
 
 def open_suite(path: Path, tokenizer: TextTokenizer, vocab_size: int, longest: int) -> Suite:
@@ -304,14 +313,6 @@ class _Maker:
         ]
 
 
-def first_items(items: Sequence, most: int | None) -> list:
-    """At most so many items, always the same, from all over the file; in its order."""
-    if most is None or len(items) <= most:
-        return list(items)
-    kept = set(sorted(range(len(items)), key=lambda place: text_digest(items[place].id))[:most])
-    return [item for place, item in enumerate(items) if place in kept]
-
-
 def _split(name: str, items: list, options: ChoiceOptions | AnswerOptions) -> tuple[list, list]:
     """What is shown, and what is scored."""
     if len(items) <= options.shots:
@@ -343,10 +344,6 @@ def _prompt_ids(name: str, chats: ChatDocuments, item: files.ChatItem) -> list[i
         return chats.prompt(list(item.messages))
     except ValueError as error:
         raise InputError(f"suite probe {name}", item.id, str(error)) from None
-
-
-def _finite(value: float) -> float | None:
-    return value if math.isfinite(value) else None
 
 
 def _up_to(documents: Sequence[ScoredDocument], tokens: int) -> Iterator[ScoredDocument]:

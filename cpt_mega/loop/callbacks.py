@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from statistics import fmean
 
 from cpt_mega.errors import FolderLost
+from cpt_mega.json_types import finite
 from cpt_mega.loop.console import step_line
 from cpt_mega.loop.reporters import Reporter
 from cpt_mega.loop.run_folder import SAVE, STOP, RunFolder
@@ -29,11 +30,6 @@ class NullCallback:
 
     def on_fault(self, trainer: Trainer) -> None:
         pass
-
-
-def finite(value: float) -> float | None:
-    """What JSON can hold."""
-    return value if math.isfinite(value) else None
 
 
 def end_if_lost(trainer: Trainer, folder: RunFolder, lost: int) -> None:

@@ -17,7 +17,7 @@ from cpt_mega.gates.looks import look_due
 from cpt_mega.gates.requests import Likeliest
 from cpt_mega.gates.rules import Verdict, general_perplexity
 from cpt_mega.gates.suite import Found, Suite, perplexity_by_bucket, take_look
-from cpt_mega.loop.callbacks import Control, NullCallback, finite
+from cpt_mega.loop.callbacks import Control, NullCallback
 from cpt_mega.loop.references import references, run_of
 from cpt_mega.loop.reporters import Reporter
 from cpt_mega.loop.run_folder import RunFolder
@@ -65,6 +65,8 @@ class Evaluation(NullCallback):
             self.control.end(trainer)
 
     def on_boundary(self, trainer: Trainer, tokens: int) -> None:
+        """Looks and judges where that is due; ``tokens`` were in the step that ends here. Raises FaultError for a step whose
+        numbers are not finite."""
         now = trainer.state.tokens
         due = look_due(trainer.config, now - tokens, now) or trainer.ends_here
         if not (due and trainer.state.judged_step != trainer.state.step and self.suite.probes):
@@ -80,8 +82,10 @@ class Evaluation(NullCallback):
         """Probes without a baseline, and those that make up a bucket without one."""
         state, suite = trainer.state, self.suite
         unknown = suite.perplexity_buckets - state.baseline.keys()
-        return [p.name for p in suite.probes if self._is_new(state, p.name)] + [
-            p.name for p in suite.probes if p.name in suite.of_buckets and p.bucket in unknown
+        return [
+            p.name
+            for p in suite.probes
+            if self._is_new(state, p.name) or (p.name in suite.of_buckets and p.bucket in unknown)
         ]
 
     def _is_new(self, state: TrainerState, probe: str) -> bool:
@@ -145,12 +149,7 @@ class Evaluation(NullCallback):
         for one in found:
             for reading in one.to_json():
                 self.folder.metric({"kind": "eval", **place, **reading})
-        self.folder.items(
-            {**place, "probe": one.probe.name, "bucket": one.probe.bucket, "id": item.id}
-            | {"score": finite(item.score), "values": {name: finite(value) for name, value in item.values.items()}}
-            for one in found
-            for item in one.items
-        )
+        self.folder.items({**place, **line} for one in found for line in one.lines())
 
     def _say(self, trainer: Trainer, found: Sequence[Found], seconds: float) -> None:
         values = perplexity_by_bucket(self.suite, found)

@@ -14,7 +14,6 @@ from cpt_mega.errors import InputError
 from cpt_mega.gates.requests import Likeliest
 from cpt_mega.gates.suite import Found, Suite, open_suite, take_look, take_references
 from cpt_mega.hf.model_info import HF_FOLDER
-from cpt_mega.loop.callbacks import finite
 from cpt_mega.loop.scoring import Scorer, scorer
 
 
@@ -32,15 +31,8 @@ class Measured:
 
     def lines(self) -> list[str]:
         """JSON of each item, in the order of the suite, with the digest of its probe."""
-        return [
-            json.dumps(
-                {"probe": one.probe.name, "bucket": one.probe.bucket, "digest": self.suite.digests[one.probe.name]}
-                | {"id": item.id, "score": finite(item.score)}
-                | {"values": {name: finite(value) for name, value in item.values.items()}}
-            )
-            for one in self.found
-            for item in one.items
-        ]
+        digests = self.suite.digests
+        return [json.dumps({"digest": digests[one.probe.name], **line}) for one in self.found for line in one.lines()]
 
     def to_json(self) -> dict:
         """Readings and digests."""

@@ -36,8 +36,9 @@ from cpt_mega.gates.anomaly import (
     judge,
     rollback_target,
 )
+from cpt_mega.json_types import finite
 from cpt_mega.loop import rollback
-from cpt_mega.loop.callbacks import NullCallback, finite
+from cpt_mega.loop.callbacks import NullCallback
 from cpt_mega.loop.checkpoints import complete_steps
 from cpt_mega.loop.prefetch import DrawnBatch
 from cpt_mega.loop.run_folder import read_lines

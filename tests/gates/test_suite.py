@@ -10,7 +10,8 @@ import pytest
 
 from cpt_mega.data.tokenizer import TextTokenizer
 from cpt_mega.errors import InputError
-from cpt_mega.gates.suite import first_items, open_suite, texts_of
+from cpt_mega.gates.items import first_items
+from cpt_mega.gates.suite import open_suite, texts_of
 from cpt_mega.hf.convert import import_hf
 from tests.helpers.corpora import write_bpe_tokenizer, write_corpus
 from tests.helpers.models import tiny_llama

@@ -18,9 +18,9 @@ import numpy as np
 from cpt_mega.errors import InputError
 from cpt_mega.gates import harness
 from cpt_mega.gates.harness import RequestMaker
+from cpt_mega.gates.items import first_items
 from cpt_mega.gates.probes.probe import ItemScore, Reading
 from cpt_mega.gates.requests import Likelihood, Request
-from cpt_mega.gates.suite import first_items
 
 # Where the texts lie says nothing of them; they are part of the identity themselves.
 _PLACES = ("dataset_path", "dataset_kwargs")
