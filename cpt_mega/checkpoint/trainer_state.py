@@ -10,15 +10,19 @@ from cpt_mega.lineage import read_json
 
 STATE_FILE = "trainer_state.json"
 FORMAT = 1
+ON_PERPLEXITY = {"general_perplexity_limit", "domain_gain", "domain_price"}  # rules that look at nothing else
 
 
 class Look(TypedDict):
-    """What a look of the gates found; ``perplexity`` by bucket."""
+    """What a look of the gates found: ``perplexity`` by bucket, ``objections`` with their level (soft, hard) by rule, and
+    ``judged_by``, all rules that said anything."""
 
     step: Count
     tokens: Count
     perplexity: dict[str, float]
     action: str
+    objections: NotRequired[dict[str, str]]
+    judged_by: NotRequired[list[str]]
 
 
 @dataclass
@@ -31,12 +35,14 @@ class TrainerState:
         stream: the data state, as ``StreamState.to_json`` gives it.
         baseline: step-0 readings of the gates, ``{bucket: perplexity}``.
         item_baseline: step-0 score of each item, ``{digest of its probe: {id: score}}``.
+        item_noise: by how much step 0 disagreed with itself when its items were scored twice, ``{digest of the probe: share}``.
         source_losses: training losses by source since the last decision on weights: ``{name: [sum, steps]}``.
         judged_step: the last step at which the gates judged.
         look_pending: whether a look was due at this step and a stop came into its middle.
         gate_stop: why a gate stopped the run here; empty otherwise. A later start judges again before it goes on.
         kind: why it was saved, as ``retention`` has it: rolling, permanent or pinned.
         gate_history: oldest first.
+        steering: what gates have changed of the run, as ``gates.steering.Steering.to_json`` gives it.
         anomaly: what the guard knows, as ``gates.anomaly.AnomalyState.to_json`` gives it; empty for one who knows nothing.
         layout: the fields of the ``engine.mesh.Layout`` it was saved at.
         config: the resolved configuration it was saved under.
@@ -51,12 +57,14 @@ class TrainerState:
     stream: dict = field(default_factory=dict)
     baseline: dict[str, float] = field(default_factory=dict)
     item_baseline: dict[str, dict[str, float]] = field(default_factory=dict)
+    item_noise: dict[str, float] = field(default_factory=dict)
     source_losses: dict[str, list[float]] = field(default_factory=dict)
     judged_step: Count | None = None
     look_pending: bool = False
     gate_stop: str = ""
     kind: str = "permanent"
     gate_history: list[Look] = field(default_factory=list)
+    steering: dict = field(default_factory=dict)
     anomaly: dict = field(default_factory=dict)
     layout: dict[str, Annotated[int, Range(1, 2**31 - 1)]] = field(default_factory=dict)
     config: dict = field(default_factory=dict)
@@ -64,11 +72,16 @@ class TrainerState:
 
     @property
     def health(self) -> str:
-        """``healthy``: the gates judged at this very step and none objected; ``unhealthy``: one did; else ``not judged``."""
+        """``healthy``: the gates judged at this very step and none objected; ``unhealthy``: one did; ``not judged``.
+
+        Perplexity stands while abilities go, so it cannot pass anything by itself: ``perplexity only``.
+        """
         here = [look for look in self.gate_history if look["step"] == self.step]
         if not here or here[-1]["action"] == "none":  # a look that no gate judged
             return "not judged"
-        return "healthy" if here[-1]["action"] == "continue" else "unhealthy"
+        if here[-1]["action"] != "continue":
+            return "unhealthy"
+        return "perplexity only" if set(here[-1].get("judged_by", ())) <= ON_PERPLEXITY else "healthy"
 
 
 class _Lineage(TypedDict):

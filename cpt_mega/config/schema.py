@@ -203,7 +203,24 @@ class GateOptions(Section):
     general_perplexity_limit: float | None = Field(
         0.15,
         gt=0,
-        description="stop when general perplexity is above its step-0 value by more than this share; null: never",
+        description="harm when general perplexity is above its step-0 value by more than this share; null: never",
+    )
+    action: Literal["warn", "stop", "roll_back", "anneal"] = Field(
+        "stop",
+        description="what is done about harm: said, end with 80, go back to the last checkpoint that no gate objected to, "
+        "end soon with the rate going to zero",
+    )
+    lr_factor: float = Field(0.5, gt=0, le=1, description="what a rollback by a gate multiplies the learning rate by")
+    replay_step: Share = Field(0.1, description="what it adds to the share of replay sources")
+    most_rollbacks: NonNegativeInt = Field(2, description="rollbacks by gates after which the run is stopped instead")
+    anneal_tokens: PositiveInt | None = Field(
+        None, description="tokens in which an annealed run ends; none: 10 % of train.tokens"
+    )
+    look_share: float | None = Field(
+        0.02,
+        gt=0,
+        le=1,
+        description="share of the run's computing that looks with gates.suite may take, by asking fewer items; null: any",
     )
 
 

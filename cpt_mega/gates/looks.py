@@ -1,10 +1,14 @@
 """When a run is evaluated, as a pure function of tokens: a resumed run looks where the uninterrupted one does."""
 
+import itertools
+import math
+
 from cpt_mega.config.schedule import LearningRate
 from cpt_mega.config.schema import Config
 
 # In-context learning can collapse within the first hundreds of steps (arXiv 2506.00288), long before the first interval ends.
 EARLIEST_SHARE = 0.005
+GROWTH = math.sqrt(2)  # of the tokens from one look to the next, where no interval is asked for
 
 
 def crossed(before: int, after: int, interval: int | None) -> bool:
@@ -13,10 +17,17 @@ def crossed(before: int, after: int, interval: int | None) -> bool:
 
 
 def early_looks(config: Config) -> tuple[int, ...]:
-    """Tokens of the looks within the first interval: its halves down to 0.5 % of the run, so the first comes before 1 %."""
+    """Tokens of the looks within the first interval: its halves down to 0.5 % of the run, so the first comes before 1 %.
+
+    With a suite and no interval the looks of the whole run: each at 1.4 times the tokens of the one before.
+    """
     interval, looks = config.eval.interval_tokens, []
-    if interval is None or not config.eval.dense_start:
+    if not config.eval.dense_start or (interval is None and config.gates.suite is None):
         return ()
+    if interval is None:
+        points = (int(config.train.tokens * GROWTH**-number) for number in itertools.count(1))
+        first = max(1, EARLIEST_SHARE * config.train.tokens)
+        return tuple(reversed(list(itertools.takewhile(lambda point: point >= first, points))))
     point = interval // 2
     while point >= max(1, EARLIEST_SHARE * config.train.tokens):
         looks.append(point)
@@ -43,3 +54,22 @@ def look_due(config: Config, before: int, after: int) -> bool:
     """Whether a look falls into a step that leads from ``before`` tokens to ``after``; what stays on record has one."""
     early = any(before < point <= after for point in early_looks(config))
     return early or crossed(before, after, config.eval.interval_tokens) or record_due(config, before, after)
+
+
+def planned_looks(config: Config) -> int:
+    """How many looks a run makes at most, the last one included; that of step 0 decides nothing."""
+    tokens, points = config.train.tokens, {config.train.tokens}
+    for interval in (config.eval.interval_tokens, config.checkpoint.interval_tokens):
+        points |= set(range(interval, tokens, interval) if interval else ())
+    start = LearningRate.from_config(config).decay_start
+    return len(points | set(early_looks(config)) | (set() if start is None else {start}))
+
+
+def look_tokens(config: Config) -> float:
+    """Tokens that a look with a suite may read within ``gates.look_share``; infinite where nothing is trained, or none is set.
+
+    A pure function of the configuration, so that the same items are asked whenever the run goes on: reading a token without a
+    backward pass costs a third of training on it.
+    """
+    share, tokens = config.gates.look_share, config.train.tokens
+    return math.inf if share is None or not tokens else 3 * share * tokens / (planned_looks(config) + 1)

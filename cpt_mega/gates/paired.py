@@ -317,6 +317,25 @@ def gate_items(
     return items_needed(2 * tau, discordant_share, look_level(alpha, looks), power, gate_margin(tau, noise))
 
 
+def smallest_threshold(items: int, alpha: float, looks: int, discordant_share: float = 0.1) -> float:
+    """The smallest tau, to a thousandth of itself, that so many items carry, both panels together; infinite where none is.
+
+    Args:
+        discordant_share: without a drop; that of the threshold comes on top of it.
+    """
+
+    def carries(tau: float) -> bool:
+        return gate_items(tau, min(1.0, discordant_share + 2 * tau), alpha, looks) <= items
+
+    least, most = 0.0, 0.5
+    if not carries(most):
+        return math.inf
+    while most - least > 1e-3 * most:  # fewer items are needed for a larger one, so halving finds it
+        middle = (least + most) / 2
+        least, most = (least, middle) if carries(middle) else (middle, most)
+    return most
+
+
 def split_panels(item_ids: Iterable[str], seed: int, reserve_share: float = 0.5) -> Panels:
     """Splits a suite's items into a main and a reserve panel, for good: by a hash of each id and the suite's seed.
 

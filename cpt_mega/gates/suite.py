@@ -5,6 +5,7 @@ windows, tokenizer and the version of all this code (``FORMAT``), and not the pa
 """
 
 import json
+import math
 from collections import defaultdict
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -44,6 +45,7 @@ from cpt_mega.gates.suite_schema import (
     ListOptions,
     PerplexityOptions,
     ProbeOptions,
+    RuleOptions,
     SuiteOptions,
 )
 from cpt_mega.json_types import finite
@@ -60,6 +62,8 @@ class Suite:
         row_tokens: of the rows that their requests are packed into.
         digests: by probe.
         of_buckets: names of the probes that make up the perplexity of their bucket.
+        rules: what is done about what is found; None for held-out sets alone.
+        notes: what a user should know of it.
     """
 
     name: str
@@ -67,6 +71,8 @@ class Suite:
     probes: tuple[Probe | Drift, ...]
     digests: dict[str, str]
     of_buckets: frozenset[str] = frozenset()
+    rules: RuleOptions | None = None
+    notes: tuple[str, ...] = ()
 
     @property
     def digest(self) -> str:
@@ -105,7 +111,7 @@ class Suite:
         more = {p.name for p in other.probes if p.bucket not in self.perplexity_buckets} & other.of_buckets
         probes, digests = self.probes + other.probes, self.digests | other.digests
         rows = min(self.row_tokens, other.row_tokens) if self.probes else other.row_tokens
-        return Suite(other.name, rows, probes, digests, self.of_buckets | more)
+        return replace(other, row_tokens=rows, probes=probes, digests=digests, of_buckets=self.of_buckets | more)
 
 
 @dataclass(frozen=True)
@@ -133,17 +139,22 @@ class Found:
         return [{**names, "metric": r.metric, "value": finite(r.value), "n": r.n} for r in self.readings]
 
 
-def open_suite(path: Path, tokenizer: TextTokenizer, vocab_size: int, longest: int) -> Suite:
+def open_suite(
+    path: Path, tokenizer: TextTokenizer, vocab_size: int, longest: int, most_tokens: float = math.inf
+) -> Suite:
     """Reads a suite and all of its items.
 
     Args:
         vocab_size, longest: of the model: its token ids, and the tokens of a text that it can read.
+        most_tokens: that a look may read, about. Where the suite has more, each probe asks the same share of its items, and
+            always the same ones.
 
     Raises InputError for anything that is wrong in the suite or its items, or that the model cannot read.
     """
     options = load_sections(path, SuiteOptions, "suite", _locate)
     maker = _Maker(tokenizer, vocab_size, longest, min(options.row_tokens, longest))
     probes = tuple(maker.made(name, probe) for name, probe in options.probes.items())
+    probes, notes = _within(maker, options, probes, most_tokens)
     for probe in probes:
         most = max((request.inputs for request in texts_of(probe)), default=0)
         if not most:
@@ -155,7 +166,7 @@ def open_suite(path: Path, tokenizer: TextTokenizer, vocab_size: int, longest: i
             raise InputError(f"suite probe {probe.name}", probe.name, fix)
     ends = [tokenizer.adds_bos, tokenizer.bos_id, tokenizer.eos_id]  # which its files beside the vocabulary decide
     digests, of_buckets = _digests(probes, [tokenizer.digest, ends]), _perplexities(probes)
-    return Suite(options.name, options.row_tokens, probes, digests, of_buckets)
+    return Suite(options.name, options.row_tokens, probes, digests, of_buckets, options.rules, notes)
 
 
 def held_out_suite(config: Config, tokenizer_digest: str, vocab_size: int) -> Suite:
@@ -223,8 +234,26 @@ def perplexity_by_bucket(suite: Suite, found: Sequence[Found]) -> dict[str, floa
     return {bucket: perplexity_of(*total) for bucket, total in sums.items()}
 
 
+def _within(
+    maker: "_Maker", options: SuiteOptions, probes: tuple[Probe | Drift, ...], most_tokens: float
+) -> tuple[tuple[Probe | Drift, ...], tuple[str, ...]]:
+    """Probes that read no more than that, about, and what there is to say about it."""
+    tokens = sum(request.inputs for probe in probes for request in texts_of(probe))
+    if tokens <= most_tokens:
+        return probes, ()
+    counts = {probe.name: max(1, int(len(probe.ids) * most_tokens / tokens)) for probe in probes}
+    fewer = [(name, of.model_copy(update={"max_items": counts[name]})) for name, of in options.probes.items()]
+    asked, known = sum(counts.values()), sum(len(probe.ids) for probe in probes)
+    note = f"a look asks {asked:,} of the suite's {known:,} items, to stay within gates.look_share of the computing"
+    return tuple(maker.made(name, one) for name, one in fewer), (note,)
+
+
 def _locate(values: dict, folder: Path) -> None:
-    """Items and tasks lie beside the file that names them."""
+    """Items and tasks lie beside the file that names them, and so do rules of the user's own."""
+    rules = values.get("rules")
+    names = rules.get("functions") if isinstance(rules, dict) else None
+    if isinstance(names, list):
+        rules["functions"] = [str((folder / name).absolute()) if isinstance(name, str) else name for name in names]
     probes = values.get("probes")
     for probe in probes.values() if isinstance(probes, dict) else ():
         for name in ("items", "tasks") if isinstance(probe, dict) else ():

@@ -84,7 +84,48 @@ AnyProbe = Annotated[
 ]
 
 
+Action = Literal["warn", "stop", "roll_back", "anneal"]
+
+
+class ItemRuleOptions(Section):
+    threshold: float | None = Field(
+        None,
+        gt=0,
+        lt=1,
+        description="drop since step 0 that it is for; none: the usual one, or what the items can show",
+    )
+    action: Action | None = Field(None, description="what is done about a confirmed drop; none: gates.action")
+    patience: PositiveInt = Field(1, description="looks one behind the other that have to confirm it")
+    accept_blind: bool = Field(False, description="the threshold stands though the items are too few to show it")
+
+
+class GainRuleOptions(Section):
+    threshold: float = Field(
+        0.005, ge=0, lt=1, description="least fall of the domain loss since step 0, as a share of it"
+    )
+    price: float | None = Field(
+        None, gt=0, description="least fall (nats) per billion tokens between two looks; none: any"
+    )
+    patience: PositiveInt = Field(3, description="looks one behind the other that have to miss it")
+    action: Action = Field("stop", description="what is done then")
+
+
+class RuleOptions(Section):
+    alpha: float = Field(
+        0.05, gt=0, lt=0.5, description="chance that gates of items alarm in a run that has no such drop"
+    )
+    general: ItemRuleOptions | None = Field(ItemRuleOptions(), description="right-or-wrong items; usually 3 points")
+    behaviour: ItemRuleOptions | None = Field(ItemRuleOptions(), description="right-or-wrong items; usually 5 points")
+    safety: ItemRuleOptions | None = Field(ItemRuleOptions(), description="right-or-wrong items; usually 3 points")
+    answers: ItemRuleOptions | None = Field(
+        ItemRuleOptions(), description="gold answers of these buckets; usually 10 % of their bits per byte"
+    )
+    gain: GainRuleOptions | None = Field(GainRuleOptions(), description="whether the domain becomes better at all")
+    functions: tuple[str, ...] = Field((), description="rules of your own: path/to/file.py:function")
+
+
 class SuiteOptions(Section):
     name: str = Field(min_length=1, description="of the suite, in results")
+    rules: RuleOptions = Field(RuleOptions(), description="what is done about what is measured")
     row_tokens: PositiveInt = Field(2048, description="of the rows that items are packed into")
     probes: dict[Name, AnyProbe] = Field(min_length=1, description="what is measured, by a name for results")

@@ -32,9 +32,15 @@ class Events:
 
     def __call__(self, line: dict) -> None:
         """Takes a line of the ledger; those of other kinds say nothing here."""
-        says = {"weights": self._weights, "odd_row": self._odd_row, "anomaly": _anomaly}
+        says = {
+            "weights": self._weights,
+            "odd_row": self._odd_row,
+            "anomaly": _anomaly,
+            "verdict": _verdict,
+            "anneal": _anneal,
+        }
         words = says.get(line["kind"], lambda line: None)(line)
-        about = "guard" if line["kind"] == "anomaly" else "data"
+        about = {"anomaly": "guard", "verdict": "gates", "anneal": "gates"}.get(line["kind"], "data")
         if words:
             self.console.print(f" {about} at iteration {line['step']:8d} | {words}", style="yellow")
 
@@ -52,6 +58,16 @@ class Events:
         if self._odd_rows > MOST_ODD_ROWS:
             return "more odd rows: they are in ledger.jsonl"
         return f"row {line['row']} of {line['source']}: {line['problem']} ({line['action']})"
+
+
+def _verdict(line: dict) -> str | None:
+    """Of rules that object."""
+    found = [one for one in line["verdicts"] if one["level"] != "none"]
+    return "; ".join(f"{one['level']}, {one['action']}: {one['reason']}" for one in found) or None
+
+
+def _anneal(line: dict) -> str:
+    return f"the rate goes to zero until {line['ends_at']:,} tokens, where the run ends: {line['reason']}"
 
 
 def _anomaly(line: dict) -> str:

@@ -6,22 +6,26 @@ item is part of every checkpoint, under the digest of its probe: what was measur
 
 import math
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from rich.console import Console
 
-from cpt_mega.checkpoint.trainer_state import TrainerState
+from cpt_mega.checkpoint.trainer_state import Look, TrainerState
+from cpt_mega.gates.arming import armed, disagreement
 from cpt_mega.gates.asking import Interrupted
 from cpt_mega.gates.looks import look_due
 from cpt_mega.gates.requests import Likeliest
-from cpt_mega.gates.rules import Verdict, general_perplexity
+from cpt_mega.gates.rules import Judge
 from cpt_mega.gates.suite import Found, Suite, perplexity_by_bucket, take_look
+from cpt_mega.gates.verdict import NONE, LookScores, strongest
+from cpt_mega.json_types import finite
 from cpt_mega.loop.callbacks import Control, NullCallback
 from cpt_mega.loop.references import references, run_of
 from cpt_mega.loop.reporters import Reporter
 from cpt_mega.loop.run_folder import RunFolder
 from cpt_mega.loop.trainer import Trainer
+from cpt_mega.loop.verdict_actions import act
 
 
 class Evaluation(NullCallback):
@@ -35,15 +39,18 @@ class Evaluation(NullCallback):
     def __init__(
         self,
         suite: Suite,
+        judge: Judge,
         folder: RunFolder,
         reporters: Sequence[Reporter],
         console: Console,
         control: Control,
         origin: Path,
     ):
-        self.suite, self.folder, self.reporters, self.console = suite, folder, reporters, console
+        self.suite, self.judge = suite, judge
+        self.folder, self.reporters, self.console = folder, reporters, console
         self.control, self.origin = control, origin
         self._references: dict[str, Likeliest] = {}
+        self._items: list[int] | None = None  # the last look's, in items.jsonl
 
     def on_start(self, trainer: Trainer) -> None:
         """Takes the baseline of every probe that has none: all at step 0, new ones when the items were changed later.
@@ -59,6 +66,7 @@ class Evaluation(NullCallback):
                 trainer.engine, self.suite, folders, known, lambda: self.control.ends(trainer)
             )
             found = self._take_baseline(trainer) if self._missing(trainer) else None
+            self._arm(trainer)
             if trainer.state.gate_stop or trainer.state.look_pending or only_judges:
                 self._judge(trainer, found)  # a verdict holds until the same judge says otherwise
         except Interrupted:
@@ -99,6 +107,7 @@ class Evaluation(NullCallback):
             if self._is_new(state, one.probe.name):
                 scores = {item.id: item.score for item in one.items if math.isfinite(item.score)}
                 state.item_baseline = {**state.item_baseline, self.suite.digests[one.probe.name]: scores}
+        self._measure_noise(trainer, missing, found)
         values = perplexity_by_bucket(self.suite, found)
         taken = {bucket: values[bucket] for bucket in sorted(values.keys() - state.baseline.keys())}
         state.baseline = {**state.baseline, **taken}
@@ -106,6 +115,7 @@ class Evaluation(NullCallback):
         readings = {one.probe.name: one.to_json()[0]["value"] for one in found if one.probe.name in missing}
         digests = {name: self.suite.digests[name] for name in missing}
         line = {"kind": "baseline", **place, "perplexity": taken, "readings": readings, "digests": digests}
+        line["items"] = self._items
         self.folder.decide(line)
         return found
 
@@ -115,25 +125,53 @@ class Evaluation(NullCallback):
             return
         found, state = self._look(trainer) if found is None else found, trainer.state
         state.judged_step, state.look_pending, state.gate_stop = state.step, False, ""
-        values = perplexity_by_bucket(self.suite, found)
-        verdict = self._verdict(trainer, values)
-        self._remember(trainer, values, "none" if verdict is None else verdict.action)
-        if verdict is None:
-            return
-        self.folder.decide({"kind": "verdict", "step": state.step, "tokens": state.tokens, **verdict.to_json()})
-        if verdict.action == "stop":
-            state.gate_stop = verdict.reason
-            trainer.stop("gate_stop", verdict.reason)
-
-    def _remember(self, trainer: Trainer, values: dict[str, float], action: str) -> None:
-        """Puts the look into the state, in place of an earlier one at the same step."""
-        state = trainer.state
+        values, earlier = perplexity_by_bucket(self.suite, found), self._earlier(state)
+        verdicts = trainer.engine.mesh.share(self.judge.verdicts(self._scores(trainer, found, values), earlier))
+        action = strongest(verdicts) if verdicts else "none"
         look = {"step": state.step, "tokens": state.tokens, "perplexity": values, "action": action}
-        state.gate_history = [*(x for x in state.gate_history if x["step"] != state.step), look]
+        look["objections"] = {verdict.rule: verdict.level for verdict in verdicts if verdict.level != NONE}
+        look["judged_by"] = [verdict.rule for verdict in verdicts]
+        state.gate_history = [*earlier, look]
+        said = [verdict.to_json() for verdict in verdicts]
+        place = {"step": state.step, "tokens": state.tokens, "items": self._items}
+        trainer.decide({"kind": "verdict", **place, "perplexity": _plain(values), "action": action, "verdicts": said})
+        act(trainer, self.folder, action, "; ".join(one.reason for one in verdicts if one.action == action))
 
-    def _verdict(self, trainer: Trainer, now: dict[str, float]) -> Verdict | None:
-        limit = trainer.config.gates.general_perplexity_limit
-        return None if limit is None else general_perplexity(trainer.state.baseline, now, limit)
+    def _earlier(self, state: TrainerState) -> list[Look]:
+        """Looks before this one; one at the same step was of the same weights."""
+        return [look for look in state.gate_history if look["step"] != state.step]
+
+    def _scores(self, trainer: Trainer, found: Sequence[Found], perplexity: dict[str, float]) -> LookScores:
+        state = trainer.state
+        before = {name: state.item_baseline.get(digest, {}) for name, digest in self.suite.digests.items()}
+        now = {one.probe.name: {item.id: item.score for item in one.items} for one in found}
+        return LookScores(state.step, state.tokens, state.baseline, perplexity, before, now)
+
+    def _measure_noise(self, trainer: Trainer, missing: Sequence[str], found: Sequence[Found]) -> None:
+        """Scores the items of gates a second time: on some devices the same weights do not give the same answers."""
+        state, digests = trainer.state, self.suite.digests
+        gated = {probe for gate in self.judge.item_gates for probe in gate.probes} & set(missing)
+        again = self.suite.without({probe.name for probe in self.suite.probes} - gated)
+        if not gated:
+            return
+        first = {one.probe.name: one.items for one in found}
+        for one in take_look(trainer.engine, again, None, lambda: self.control.ends(trainer)):
+            share = disagreement(first[one.probe.name], one.items)
+            state.item_noise = {**state.item_noise, digests[one.probe.name]: share}
+
+    def _arm(self, trainer: Trainer) -> None:
+        """From here on gates know how far step 0 agrees with itself; the ledger has all that verdicts depend on."""
+        state, digests = trainer.state, self.suite.digests
+        noise = {name: state.item_noise[digest] for name, digest in digests.items() if digest in state.item_noise}
+        before = self.judge.armed
+        self.judge = armed(self.judge, noise, {probe.name: len(probe.ids) for probe in self.suite.probes})
+        for gate in before:
+            now = next(one for one in self.judge.item_gates if one.name == gate.name)
+            if now.disarmed:
+                self.console.print(f" gate {now.name} is not armed: {now.disarmed}", style="yellow")
+        buckets = {probe.name: probe.bucket for probe in self.suite.probes if probe.name in self.suite.of_buckets}
+        line = {"kind": "gates", "step": state.step, **self.judge.to_json(), "perplexity_probes": buckets}
+        self.folder.decide(line | {"digests": digests})
 
     def _look(self, trainer: Trainer) -> list[Found]:
         """Raises Interrupted, on all ranks, when the run is asked to end meanwhile; nothing is written then."""
@@ -149,7 +187,10 @@ class Evaluation(NullCallback):
         for one in found:
             for reading in one.to_json():
                 self.folder.metric({"kind": "eval", **place, **reading})
-        self.folder.items({**place, **line} for one in found for line in one.lines())
+        digests = self.suite.digests
+        self._items = self.folder.items(
+            {**place, "digest": digests[one.probe.name], **line} for one in found for line in one.lines()
+        )
 
     def _say(self, trainer: Trainer, found: Sequence[Found], seconds: float) -> None:
         values = perplexity_by_bucket(self.suite, found)
@@ -174,6 +215,10 @@ class Evaluation(NullCallback):
     def _others(self, found: Sequence[Found]) -> list[Found]:
         """What is not told as the perplexity of its bucket alone."""
         return [one for one in found if len(one.readings) > 1]
+
+
+def _plain(values: Mapping[str, float]) -> dict[str, float | None]:
+    return {name: finite(value) for name, value in values.items()}
 
 
 def _change(name: str, value: float, base: float | None) -> str:

@@ -36,6 +36,7 @@ from cpt_mega.gates.anomaly import (
     judge,
     rollback_target,
 )
+from cpt_mega.gates.steering import Steering
 from cpt_mega.json_types import finite
 from cpt_mega.loop import rollback
 from cpt_mega.loop.callbacks import NullCallback
@@ -114,8 +115,9 @@ class AnomalyGuard(NullCallback):
         trainer.complete_what_was_begun()  # first, since a save that ends lets older ones go
         refused = f"{len(self.known.alarms)} updates were refused since step {self.known.alarms[0]}"
         target = trainer.engine.mesh.share(rollback_target(self.known, self.options, self._checkpoints()))
-        if target is None or self.known.rollbacks >= self.options.most_rollbacks:
-            why = "no checkpoint is older" if target is None else f"{self.known.rollbacks} rollbacks have been made"
+        made = self._made()
+        if target is None or made >= self.options.most_rollbacks:
+            why = "no checkpoint is older" if target is None else f"{made} rollbacks have been made"
             trainer.stop("gate_stop", f"{refused}, and {why}: {self._advice()}")
             return
         self._decide_rollback(trainer, target, refused)
@@ -160,26 +162,19 @@ class AnomalyGuard(NullCallback):
         bad = {look["step"] for look in self.state.gate_history if look["action"] not in ("none", "continue")}
         return [step for step in complete_steps(self.run_dir) if step not in bad]
 
+    def _made(self) -> int:
+        """Rollbacks by the guard; those by gates have a count of their own."""
+        return self.known.rollbacks - Steering.from_json(self.state.steering).rollbacks
+
     def _decide_rollback(self, trainer: Trainer, target: int, reason: str) -> None:
-        exclude = defaultdict(
-            list, trainer.state.stream.get("excluded", {})
-        )  # that checkpoint may know of none of them
+        exclude = defaultdict(list, self.state.stream.get("excluded", {}))
         for source, rows in self.known.flagged.items():
             exclude[source] = sorted({*exclude[source], *rows})
-        trainer.decide(
-            {
-                "kind": rollback.KIND,
-                "run_id": self.state.run_id,
-                "number": self.known.rollbacks + 1,
-                "step": self.state.step,
-                "tokens": self.state.tokens,
-                "to_step": target,
-                "exclude": exclude,
-                "lr_scale": self.options.lr_factor ** (self.known.rollbacks + 1),
-                "calm_step": self.state.step + self.options.cool_down_steps,
-                "reason": reason,
-            }
-        )
+        what = {"exclude": exclude, "lr_scale": self.options.lr_factor ** (self._made() + 1)}
+        if Steering.from_json(self.state.steering).rollbacks:  # they changed the mixture too
+            what["weights"] = rollback.weights(trainer.stream, self.state.tokens)
+        calm_step = self.state.step + self.options.cool_down_steps
+        trainer.decide(rollback.rollback_line(self.state, target, reason, calm_step=calm_step, **what))
 
 
 @dataclass

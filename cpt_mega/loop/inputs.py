@@ -15,6 +15,9 @@ from cpt_mega.data.stream import STOP, MixedStream, Repetition
 from cpt_mega.data.stream_state import StreamState
 from cpt_mega.data.tokenizer import TextTokenizer
 from cpt_mega.errors import InputError
+from cpt_mega.gates.arming import planned_judge
+from cpt_mega.gates.looks import look_tokens
+from cpt_mega.gates.rules import Judge
 from cpt_mega.gates.suite import Suite, held_out_suite, open_suite
 from cpt_mega.hf.model_info import HF_FOLDER, ModelInfo, read_model_info, tokenizer_digest
 from cpt_mega.lineage import file_digest, library_versions
@@ -29,6 +32,7 @@ class Inputs:
     info: ModelInfo
     sources: list[Source]
     suite: Suite
+    judge: Judge
     lineage: dict
     warnings: list[str]
 
@@ -50,11 +54,16 @@ def open_inputs(config: Config, start: Start) -> Inputs:
         "suite": asked.digests if asked else {},
         "libraries": library_versions(),
     }
-    return Inputs(info, sources, suite, lineage, list(_warnings(config, sources, suite)))
+    judge = planned_judge(config, suite)
+    return Inputs(info, sources, suite, judge, lineage, list(_warnings(config, sources, suite, judge)))
 
 
-def _warnings(config: Config, sources: list[Source], suite: Suite) -> Iterator[str]:
+def _warnings(config: Config, sources: list[Source], suite: Suite, judge: Judge) -> Iterator[str]:
     """Choices that are allowed and that usually end badly."""
+    yield from suite.notes
+    for gate in judge.item_gates:
+        if gate.disarmed:
+            yield f"gate {gate.name} is not armed: {gate.disarmed} (rules.{gate.name} of the suite)"
     if sources and all(source.role == "domain" for source in sources):
         yield "no replay source: what the model knew before gets no gradient; add one with role: replay (20 % is usual)"
     if config.gates.general_perplexity_limit is not None and "general" not in suite.perplexity_buckets:
@@ -176,7 +185,8 @@ def _suite(config: Config, info: ModelInfo, folder: Path) -> Suite | None:
     if config.gates.suite is None:
         return None
     tokenizer = TextTokenizer.load(config.tokenizer.path or folder / HF_FOLDER)
-    return open_suite(Path(config.gates.suite), tokenizer, info.shape.vocab_size, info.shape.max_positions)
+    shape = info.shape
+    return open_suite(Path(config.gates.suite), tokenizer, shape.vocab_size, shape.max_positions, look_tokens(config))
 
 
 def _sources(config: Config, info: ModelInfo, digest: str) -> list[Source]:

@@ -9,7 +9,7 @@ import itertools
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TypedDict
+from typing import NotRequired, TypedDict
 
 from cpt_mega.checkpoint.store import set_tracker
 from cpt_mega.checkpoint.trainer_state import TrainerState, read_state
@@ -26,7 +26,10 @@ ASIDE = ".rolled_back_{number}-{name}"  # what a checkpoint is called that was m
 
 
 class Rollback(TypedDict):
-    """What its line says: the run, the how-manieth, where to, and what holds from there on (rows by source)."""
+    """What its line says: the run, the how-manieth, where to, and what holds from there on (rows by source).
+
+    A gate's has ``steering``, and ``weights`` of the sources where these change.
+    """
 
     run_id: str
     number: Count
@@ -35,6 +38,26 @@ class Rollback(TypedDict):
     exclude: dict[str, list[Count]]
     lr_scale: float
     calm_step: Count
+    steering: NotRequired[dict]
+    weights: NotRequired[dict[str, float]]
+
+
+def rollback_line(state: TrainerState, to_step: int, reason: str, **what: object) -> dict:
+    """The ledger's line of the next rollback of a run; ``what`` are the rest of ``Rollback``. What was excluded stays so, and
+    what gates have changed: the checkpoint may know nothing of it."""
+    excluded = state.stream.get("excluded", {})
+    return {
+        "kind": KIND,
+        "run_id": state.run_id,
+        "number": AnomalyState.from_json(state.anomaly).rollbacks + 1,
+        "step": state.step,
+        "tokens": state.tokens,
+        "to_step": to_step,
+        "exclude": excluded,
+        "steering": state.steering,
+        **what,
+        "reason": reason,
+    }
 
 
 def is_rollback(line: dict) -> bool:
@@ -74,6 +97,11 @@ def applicable(stream: MixedStream, exclude: Mapping[str, Sequence[int]]) -> dic
     already = stream.state.excluded
     found = {name: [row for row in rows if row < plans[name]] for name, rows in exclude.items() if name in plans}
     return {name: rows for name, rows in found.items() if len({*rows, *already.get(name, ())}) < plans[name]}
+
+
+def weights(stream: MixedStream, tokens: int) -> dict[str, float]:
+    """Of all sources at so many tokens of the run, as ``MixedStream.reweight`` takes them."""
+    return dict.fromkeys((source.name for source in stream.sources), 0.0) | stream.asked_shares(tokens)
 
 
 def _free(path: Path) -> Path:

@@ -11,7 +11,7 @@ import os
 import time
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import TypedDict
+from typing import BinaryIO, TypedDict
 
 from cpt_mega.errors import ExitCode, FaultError
 from cpt_mega.json_types import Count, type_problem
@@ -101,8 +101,7 @@ class RunFolder:
             write_json(self.path / "sources.json", sources)
             if self._metrics is not None:
                 self._metrics.close()
-            for name in (METRICS, ITEMS):
-                drop_lines_after(self.path / name, -1 if step is None else step)
+            drop_lines_after(self.path / METRICS, -1 if step is None else step)
             self._metrics = open(self.path / METRICS, "a", buffering=1)  # noqa: SIM115 (lives as long as the run)
 
     def status(self, state: str, reason: str, step: int, tokens: int, run_id: str, next_command: str) -> None:
@@ -128,19 +127,25 @@ class RunFolder:
             with _writing(self.path / METRICS):
                 self._metrics.write(json.dumps(line) + "\n")
 
-    def items(self, lines: Iterable[dict]) -> None:
-        """Appends the scores of a look's items to ``items.jsonl``."""
-        if self.writes:
-            with _writing(self.path / ITEMS), open(self.path / ITEMS, "a") as stream:
-                stream.writelines(json.dumps(line) + "\n" for line in lines)
+    def items(self, lines: Iterable[dict]) -> list[int] | None:
+        """Appends the scores of a look's items to ``items.jsonl``; the bytes of the file that have them, first and behind the
+        last. They are on disk then, and stay: what the ledger says was decided on them."""
+        if not self.writes:
+            return None
+        with _writing(self.path / ITEMS), open(self.path / ITEMS, "a+b") as stream:
+            _end_line(stream)
+            start = stream.tell()
+            stream.writelines(json.dumps(line).encode() + b"\n" for line in lines)
+            stream.flush()
+            os.fsync(stream.fileno())
+            return [start, stream.tell()]
 
     def decide(self, line: dict) -> None:
         """Appends a decision to ``ledger.jsonl``, on disk before the run acts on it."""
         if not self.writes:
             return
         with _writing(self.path / LEDGER), open(self.path / LEDGER, "a+b") as stream:
-            if stream.tell() and (stream.seek(-1, os.SEEK_END), stream.read(1))[1] != b"\n":
-                stream.write(b"\n")  # a process was killed within a line
+            _end_line(stream)
             stream.write(json.dumps({"time_s": round(time.time(), 3), **line}).encode() + b"\n")
             stream.flush()
             os.fsync(stream.fileno())
@@ -161,6 +166,13 @@ class RunFolder:
                 self._metrics.close()
         if self._lease is not None:
             self._lease.release()
+
+
+def _end_line(stream: BinaryIO) -> None:
+    """A process may have been killed within the last line of a file."""
+    stream.seek(0, os.SEEK_END)
+    if stream.tell() and (stream.seek(-1, os.SEEK_END), stream.read(1))[1] != b"\n":
+        stream.write(b"\n")
 
 
 @contextlib.contextmanager

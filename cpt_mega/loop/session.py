@@ -151,7 +151,7 @@ def _run_claimed(
         Housekeeping(),
         Stragglers(folder, console),
         AdaptiveWeights(),
-        Evaluation(inputs.suite, folder, reporters, console, control, restore.start.folder),
+        Evaluation(inputs.suite, inputs.judge, folder, reporters, console, control, restore.start.folder),
         checkpoints,
         status,
     ]
@@ -290,6 +290,9 @@ def _finish_rollback(
         return {}
     left_out = rollback.applicable(stream, line["exclude"])
     stream.exclude(left_out)
+    state.steering = line.get("steering", state.steering)
+    if "weights" in line and line["weights"].keys() == {source.name for source in stream.sources}:
+        stream.reweight(line["weights"])
     known = AnomalyState.from_json(state.anomaly)
     taken = [line[name] for name in ("number", "to_step", "step", "lr_scale", "calm_step")]
     state.anomaly = rolled_back(known, *taken).to_json()

@@ -15,6 +15,7 @@ from cpt_mega.config.schedule import LearningRate
 from cpt_mega.data.stream import EndOfData, MixedStream, RowRef
 from cpt_mega.engine.step import Engine, PendingStep, StepResult
 from cpt_mega.errors import FaultError
+from cpt_mega.gates.steering import Steering
 from cpt_mega.loop.prefetch import DrawnBatch, Prefetcher
 from cpt_mega.loop.replay import data_entry
 
@@ -123,8 +124,17 @@ class Trainer:
         self.learning_rate = LearningRate.from_config(self.config)
 
     @property
+    def budget(self) -> int:
+        """Tokens that the run ends at: ``train.tokens``, or earlier where a gate anneals it."""
+        return int(min(self.config.train.tokens, self._steering.ends_at))
+
+    @property
+    def _steering(self) -> Steering:
+        return Steering.from_json(self.state.steering)
+
+    @property
     def budget_reached(self) -> bool:
-        return self.state.tokens >= self.config.train.tokens
+        return self.state.tokens >= self.budget
 
     @property
     def ends_here(self) -> bool:
@@ -147,6 +157,7 @@ class Trainer:
             with Prefetcher(self.stream, self.engine.prepare, self.config.train.global_batch_size) as batches:
                 self._train(batches)
         reached = f"reached {self.state.tokens:,} of {self.config.train.tokens:,} tokens"
+        reached += ", annealed by a gate" if self.budget < self.config.train.tokens else ""
         self.stop("finished", f"{reached}: {self._data_ended}" if self._data_ended else reached)
         for callback in self.callbacks:
             callback.on_end(self)
@@ -226,7 +237,7 @@ class Trainer:
         """Steps from there to the budget, estimated from the tokens a step has had so far (rows before the first)."""
         rows = self.config.train.global_batch_size
         per_step = tokens / step if tokens else rows * self.config.train.seq_length
-        return math.ceil(max(0, self.config.train.tokens - tokens) / per_step)
+        return math.ceil(max(0, self.budget - tokens) / per_step)
 
     def _train(self, batches: Prefetcher) -> None:
         self._batches = batches
@@ -266,7 +277,8 @@ class Trainer:
         batch = batches.next()
         waited = time.perf_counter() - begin
         # The rate belongs to where the step ends, so that the first step of a re-warm is not at rate zero.
-        at, scale = partial(self.learning_rate.at, self.state.tokens + batch.tokens), self.guard.lr_scale
+        end = self.state.tokens + batch.tokens
+        at, scale = partial(self.learning_rate.at, end), self.guard.lr_scale * self._steering.rate(end)
         judge = partial(self.guard.judge, self, self.state.step + 1, batch)
         pending = self.engine.train_step(batch.prepared, lambda peak, floor: scale * at(peak, floor), judge)
         self.state.step += 1

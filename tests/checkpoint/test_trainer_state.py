@@ -11,10 +11,16 @@ from cpt_mega.checkpoint.trainer_state import TrainerState
         ([], "not judged"),
         ([(3, "continue")], "not judged"),
         ([(4, "none")], "not judged"),  # looked at, and no gate was armed
-        ([(3, "stop"), (4, "continue")], "healthy"),
+        ([(3, "stop"), (4, "continue")], "perplexity only"),
+        ([(4, "continue", "general_perplexity_limit", "domain_gain")], "perplexity only"),
+        ([(3, "stop"), (4, "continue", "general_perplexity_limit", "general")], "healthy"),
+        ([(4, "warn", "general")], "unhealthy"),
         ([(3, "continue"), (4, "stop")], "unhealthy"),
     ],
 )
 def test_health_is_what_the_gates_said_at_this_step(looks, health):
-    history = [{"step": step, "tokens": 0, "perplexity": {}, "action": action} for step, action in looks]
+    history = [
+        {"step": step, "tokens": 0, "perplexity": {}, "action": action, "judged_by": rules}
+        for step, action, *rules in looks
+    ]
     assert TrainerState("run", "base", step=4, gate_history=history).health == health

@@ -77,7 +77,8 @@ def test_a_general_perplexity_above_its_limit_stops_the_run(workers, jobsite, tm
     assert (ended["state"], ended["exit_code"], ended["reason"]) == ("gate_stop", 80, reason)
     assert 500 <= ended["tokens"] < 5000
     verdicts = [json.loads(line) for line in (tmp_path / "run" / "ledger.jsonl").read_text().splitlines()]
-    assert verdicts[-1]["action"] == "stop" and verdicts[-1]["numbers"]["rise"] > 0.15
+    (verdict,) = verdicts[-1]["verdicts"]
+    assert verdicts[-1]["action"] == verdict["action"] == "stop" and verdict["numbers"]["rise"] > 0.15
     assert (tmp_path / "run" / "checkpoints" / f"iter_{ended['step']:07d}" / "COMPLETE").is_file()
 
 

@@ -128,8 +128,8 @@ def test_some_items_and_shorter_texts_on_request(site, tmp_path):
     text = SUITE.replace("task: choices,", "task: choices, max_items: 5, metric: acc_norm,")
     suite = opened(site, tmp_path, text.replace("task: texts,", "task: texts, max_length: 16,"))
     choices, _, texts = suite.probes
-    assert len(choices.requests) == 20 and choices.metric == "acc_norm" and choices.is_binary
-    assert max(request.inputs for request in texts.requests) == 16 and not texts.is_binary
+    assert len(choices.requests) == 20 and choices.metric == "acc_norm" and choices.scale == "right_or_wrong"
+    assert max(request.inputs for request in texts.requests) == 16 and texts.scale == "other"
 
 
 BAD = [

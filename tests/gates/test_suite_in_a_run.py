@@ -22,7 +22,8 @@ def words(tmp_path_factory):
     folder = tmp_path_factory.mktemp("suite_run")
     tiny_llama(folder / "hf", tokenizer=True, num_hidden_layers=2)
     import_hf(folder / "hf", folder / "import")
-    return [f"model.checkpoint={folder / 'import'}", "eval.interval_tokens=400", "checkpoint.interval_tokens=500"]
+    intervals = ["eval.interval_tokens=400", "checkpoint.interval_tokens=500", "gates.look_share=null"]
+    return [f"model.checkpoint={folder / 'import'}", *intervals]
 
 
 @pytest.fixture(scope="module")

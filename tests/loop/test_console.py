@@ -16,7 +16,7 @@ def said(*lines):
 def test_what_happens_to_the_data_is_said():
     weights = {"kind": "weights", "step": 3, "weights": {"a": 3, "b": 1}, "by": "data.adaptive"}
     dropped = {"kind": "weights", "step": 4, "by": "data.max_epochs", "dropped": "a"}
-    one, other = said(weights, {"kind": "verdict", "step": 3}, dropped)
+    one, other = said(weights, {"kind": "verdict", "step": 3, "verdicts": []}, dropped)
     assert "iteration        3" in one and "a 75.0%, b 25.0% (data.adaptive)" in one
     assert "source a has been read out (data.max_epochs)" in other
 

@@ -42,7 +42,7 @@ def test_a_run_is_its_newest_checkpoint_with_all_that_it_carries(runs, checkpoin
     for name in (*carried, "restore"):
         assert found[name] == state["lineage"][name] is not None, name
     assert sum(found["tokens_by_source"].values()) == found["tokens"]
-    assert (found["health"], found["precision"], found["kind"]) == ("healthy", "fp32", "permanent")
+    assert (found["health"], found["precision"], found["kind"]) == ("perplexity only", "fp32", "permanent")
     now, before = state["gate_history"][-1]["perplexity"]["general"], state["baseline"]["general"]
     assert found["readings"]["general"] == {"perplexity": now, "baseline": before, "rise": now / before - 1}
     assert found["parent"] == {"path": str(runs.base), "found": True, "run_id": None, "step": None, "weights": None}
@@ -58,7 +58,9 @@ def test_the_table_of_a_checkpoint(runs, checkpoint_tool):
     assert code == 0 and f"next: python tools/verify_checkpoint.py {runs.checkpoints('first')[0]}" in out
     assert row_of(out, "is") == f"a checkpoint of run {state['run_id']}, step 1"
     assert row_of(out, "kind") == "rolling" and row_of(out, "sealed") == "yes"
-    assert row_of(out, "health").startswith("healthy; domain perplexity ") and "since step 0" in row_of(out, "health")
+    assert row_of(out, "health").startswith("perplexity only; domain perplexity ") and "since step 0" in row_of(
+        out, "health"
+    )
     assert row_of(out, "parent") == f"{runs.base} (an import)"
     assert row_of(out, "weights") == state["lineage"]["weights"][:12]
     assert row_of(out, "saved at") == "tp 1, pp 1, vpp 1, cp 1, dp 1; fp32"
@@ -187,7 +189,7 @@ def test_the_family_as_a_tree(runs, checkpoint_tool):
     depth = {word: len(lines[i]) - len(lines[i].lstrip("│├└─ \xa0")) for word, i in at.items()}
     assert list(depth.values()) == sorted(set(depth.values()))  # each below the one that it came from
     assert "in third, found by weights" in out
-    assert "step 1: 256 tokens, rolling, healthy, domain " in lines[at["in first"] + 1]
+    assert "step 1: 256 tokens, rolling, perplexity only, domain " in lines[at["in first"] + 1]
     assert "in moved/second" in lines[at["in first"] + 2]
 
 

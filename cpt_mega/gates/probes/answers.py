@@ -6,14 +6,14 @@ from statistics import fmean
 
 from cpt_mega.gates.encoding import Encoder
 from cpt_mega.gates.items import AnswerItem
-from cpt_mega.gates.probes.probe import ItemScore, Reading
+from cpt_mega.gates.probes.probe import BITS_PER_BYTE, ItemScore, Reading
 from cpt_mega.gates.requests import Likelihood
 
 
 class Answers:
     """Questions with one answer each; ``shown`` are put before each, with their answers, and not scored."""
 
-    is_binary = False
+    scale = BITS_PER_BYTE
 
     def __init__(
         self,
@@ -25,6 +25,7 @@ class Answers:
     ):
         self.name, self.bucket = name, bucket
         self._items = list(items)
+        self.ids = [item.id for item in self._items]
         before = "".join(f"{_prompt(item)} {item.answer}\n\n" for item in shown)
         self._pairs = [(before + _prompt(item), f" {item.answer}") for item in self._items]
         self.requests = encoder.continued(self._pairs)

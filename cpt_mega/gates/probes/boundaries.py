@@ -13,18 +13,19 @@ import numpy as np
 
 from cpt_mega.gates.encoding import Encoder
 from cpt_mega.gates.items import BoundaryItem
-from cpt_mega.gates.probes.probe import ItemScore, Reading
+from cpt_mega.gates.probes.probe import OTHER, ItemScore, Reading
 from cpt_mega.gates.requests import Likelihood, Request
 
 
 class Boundaries:
     """Pairs of documents."""
 
-    is_binary = False
+    scale = OTHER
 
     def __init__(self, name: str, bucket: str, items: Sequence[BoundaryItem], encoder: Encoder):
         self.name, self.bucket = name, bucket
         self._items = list(items)
+        self.ids = [item.id for item in self._items]
         alone = encoder.continued([(item.second, f" {item.target}") for item in self._items])
         before = encoder.documents([item.first for item in self._items])
         self.requests = [

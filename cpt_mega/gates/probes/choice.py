@@ -13,7 +13,7 @@ from typing import Literal
 
 from cpt_mega.gates.encoding import Encoder
 from cpt_mega.gates.items import LETTERS, ChoiceItem
-from cpt_mega.gates.probes.probe import ItemScore, Reading
+from cpt_mega.gates.probes.probe import RIGHT_OR_WRONG, ItemScore, Reading
 from cpt_mega.gates.requests import Likelihood
 
 Style = Literal["cloze", "letters", "continuation", "reply"]
@@ -23,7 +23,7 @@ _ASSISTANT = "Assistant:"  # where a text names it, it has the user's words befo
 class Choice:
     """Items with a right choice; ``shown`` are put before each, with their answers, and not scored."""
 
-    is_binary = True
+    scale = RIGHT_OR_WRONG
 
     def __init__(
         self,
@@ -37,6 +37,7 @@ class Choice:
     ):
         self.name, self.bucket, self.metric = name, bucket, metric
         self._items, self._style = list(items), style
+        self.ids = [item.id for item in self._items]
         before = "".join(f"{_prompt(item, style)}{_endings(item, style)[item.answer]}\n\n" for item in shown)
         self._pairs = [
             (before + _prompt(item, style), ending) for item in self._items for ending in _endings(item, style)

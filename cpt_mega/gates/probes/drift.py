@@ -14,7 +14,7 @@ from statistics import fmean
 
 import numpy as np
 
-from cpt_mega.gates.probes.probe import ItemScore, Reading
+from cpt_mega.gates.probes.probe import OTHER, ItemScore, Reading
 from cpt_mega.gates.requests import Likeliest, Request
 
 _TINY = 1e-12  # a rest is not taken for smaller
@@ -32,24 +32,24 @@ class Divergence:
 class Drift:
     """Texts, one item each; every token but the first is a target."""
 
-    is_binary = False
+    scale = OTHER
 
     def __init__(self, name: str, bucket: str, texts: Sequence[tuple[str, np.ndarray]], count: int):
         """``texts``: ids of items, and their tokens int64 [n > 1]; ``count``: of the likeliest tokens that are kept."""
         self.name, self.bucket, self.count = name, bucket, count
-        self._ids = [item for item, _ in texts]
+        self.ids = [item for item, _ in texts]
         self.requests: list[Request] = []  # of the likelihood of nothing
         self.texts = [Request(tokens, 1) for _, tokens in texts]
 
     def identity(self) -> object:
         """See Probe."""
-        texts = [[item, text.tokens.tolist()] for item, text in zip(self._ids, self.texts, strict=True)]
+        texts = [[item, text.tokens.tolist()] for item, text in zip(self.ids, self.texts, strict=True)]
         return ["drift", self.name, self.bucket, self.count, texts]
 
     def items(self, found: Divergence) -> list[ItemScore]:
         """Scores from the divergences at the targets of ``texts``, in the order of the items."""
         scores, at = [], 0
-        for item, text in zip(self._ids, self.texts, strict=True):
+        for item, text in zip(self.ids, self.texts, strict=True):
             part = slice(at, at + text.inputs)
             low, high, rest = (float(values[part].mean()) for values in (found.low, found.high, found.rest))
             scores.append(ItemScore(item, -low, {"kl": low, "kl_at_most": high, "cut_off": rest}))

@@ -19,7 +19,7 @@ from cpt_mega.errors import InputError
 from cpt_mega.gates import harness
 from cpt_mega.gates.harness import RequestMaker
 from cpt_mega.gates.items import first_items
-from cpt_mega.gates.probes.probe import ItemScore, Reading
+from cpt_mega.gates.probes.probe import OTHER, RIGHT_OR_WRONG, ItemScore, Reading
 from cpt_mega.gates.requests import Likelihood, Request
 
 # Where the texts lie says nothing of them; they are part of the identity themselves.
@@ -67,7 +67,8 @@ class Harness:
         names = dict.fromkeys(key.split("/")[0] for values in dry for key in values)
         self._metrics = [name for name in names if name != _LOGPROB]
         self.metric = self._compared(metric, dry)
-        self.is_binary = self.metric in _RIGHT_OR_WRONG
+        self.scale = RIGHT_OR_WRONG if self.metric in _RIGHT_OR_WRONG else OTHER
+        self.ids = [item.id for item in self._items]
 
     def identity(self) -> object:
         """See Probe."""

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from cpt_mega.gates.probes.probe import ItemScore, Reading
+from cpt_mega.gates.probes.probe import OTHER, ItemScore, Reading
 from cpt_mega.gates.requests import Likelihood, Request
 
 
@@ -35,11 +35,12 @@ class ScoredDocument:
 class Perplexity:
     """Documents, one item each."""
 
-    is_binary = False
+    scale = OTHER
 
     def __init__(self, name: str, bucket: str, documents: Sequence[ScoredDocument], window: int):
         self.name, self.bucket = name, bucket
         self._documents, self._window = list(documents), window
+        self.ids = [document.id for document in self._documents]
         windows = [list(_windows(document, window)) for document in self._documents]
         self._counts = [len(requests) for requests in windows]
         self.requests = [request for requests in windows for request in requests]

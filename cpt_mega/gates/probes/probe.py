@@ -6,6 +6,8 @@ from typing import Protocol
 
 from cpt_mega.gates.requests import Likelihood, Request
 
+RIGHT_OR_WRONG, BITS_PER_BYTE, OTHER = "right_or_wrong", "bits_per_byte", "other"
+
 
 @dataclass(frozen=True)
 class ItemScore:
@@ -36,13 +38,15 @@ class Probe(Protocol):
 
     Attributes:
         name, bucket: as the suite has them.
-        is_binary: whether scores are right (1) or wrong (0).
+        scale: what scores are: RIGHT_OR_WRONG (1 or 0), BITS_PER_BYTE (negated), or of another kind.
+        ids: of the items, in their order.
         requests: what the model is asked, the same at every look.
     """
 
     name: str
     bucket: str
-    is_binary: bool
+    scale: str
+    ids: Sequence[str]
     requests: Sequence[Request]
 
     def identity(self) -> object:

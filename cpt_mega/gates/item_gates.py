@@ -1,0 +1,83 @@
+"""Gates of items: those of a bucket taken together, judged by ``paired.py`` against step 0."""
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+
+import numpy as np
+
+from cpt_mega.gates.paired import Comparison, Decision, Scores, judge, mean_drop, split_panels
+from cpt_mega.gates.verdict import CONTINUE, HARD, NONE, SOFT, WARN, LookScores, Verdict, trailing
+
+PANEL_SEED = 1  # another one would move items between the panels of a running suite
+
+
+@dataclass(frozen=True)
+class ItemGate:
+    """A gate of items.
+
+    Attributes:
+        name: the rule's.
+        probes: whose items are taken together.
+        binary: whether they are right (1) or wrong (0); else bits per byte, negated.
+        threshold: the drop that it is for: a share of the items, or of the bits per byte at step 0.
+        action: of a hard verdict.
+        patience: looks one behind the other that have to be hard before it acts.
+        noise: by how much step 0 disagreed with itself when it was scored twice; in the unit of the threshold.
+        disarmed: why it does not judge; empty where it does.
+    """
+
+    name: str
+    probes: tuple[str, ...]
+    binary: bool
+    threshold: float
+    action: str
+    patience: int = 1
+    noise: float = 0.0
+    disarmed: str = ""
+
+
+def decide(gate: ItemGate, look: LookScores, alpha: float, looks: int) -> Decision | None:
+    """What ``paired.judge`` says of a gate's items; None where neither panel, or only one, has any that both looks know."""
+    before, now = _items(gate, look.before), _items(gate, look.now)
+    panels = split_panels(sorted(before.keys() & now.keys()), PANEL_SEED)
+    if not (panels.main and panels.reserve):
+        return None
+    scores = [Scores([before[i] for i in ids], [now[i] for i in ids]) for ids in (panels.main, panels.reserve)]
+    if gate.binary:
+        return judge(*scores, tau=gate.threshold, alpha=alpha, looks=looks, noise=gate.noise)
+    size = -float(np.mean(list(before.values())))  # of bits per byte, which come in negated
+    tau, noise = gate.threshold * size, gate.noise * size
+    return judge(*scores, tau=tau, alpha=alpha, looks=looks, noise=noise, test=mean_drop) if size > 0 else None
+
+
+def verdict_of(gate: ItemGate, decision: Decision, confirmed: bool, history: Sequence[Mapping]) -> Verdict:
+    level = HARD if confirmed else SOFT if decision.fired else NONE
+    before = [look.get("objections", {}).get(gate.name) for look in history]
+    hard = trailing(found == HARD for found in [*before, level])
+    action = gate.action if hard >= gate.patience else WARN if level != NONE else CONTINUE
+    shown = decision.together or decision.main
+    unit = f"{100 * gate.threshold:.3g} points" if gate.binary else f"{gate.threshold:.1%} of the bits per byte"
+    reason = f"{gate.name}: {_words(gate, shown)} since step 0; the gate is for {unit}"
+    if level == SOFT:
+        reason += ", and the reserve does not confirm it"
+    elif level == HARD and hard < gate.patience:
+        reason += f"; {hard} of {gate.patience} looks"
+    panels = {"main": decision.main, "reserve": decision.reserve, "together": decision.together}
+    numbers = {"threshold": gate.threshold, "noise": gate.noise, "level": decision.level, "p_value": decision.p_value}
+    numbers |= {name: None if panel is None else asdict(panel) for name, panel in panels.items()}
+    return Verdict(gate.name, level, action, reason, numbers)
+
+
+def _words(gate: ItemGate, found: Comparison) -> str:
+    if gate.binary:
+        drop, low, high = (100 * value for value in (found.drop, found.low, found.high))
+        lost = f"{found.lost} items lost and {found.gained} gained of {found.n}"
+        return f"{lost}, a drop of {drop:.1f} points (95 %: {low:.1f} to {high:.1f})"
+    return f"{found.n} answers need {found.drop:+.3g} bits a byte (95 %: {found.low:+.3g} to {found.high:+.3g})"
+
+
+def _items(gate: ItemGate, scores: Mapping[str, Mapping[str, float]]) -> dict[str, float]:
+    """By probe and id. A model that is lost does not have a right answer."""
+    found = {f"{probe}/{item}": score for probe in gate.probes for item, score in scores.get(probe, {}).items()}
+    return {name: 0.0 if gate.binary and math.isnan(score) else score for name, score in found.items()}

@@ -1,0 +1,134 @@
+"""What verdicts do to real runs: go back with a lower rate and more replay, come to an early end, and survive a kill."""
+
+import json
+import shutil
+
+import pytest
+import torch
+
+from cpt_mega.checkpoint.trainer_state import read_state
+from cpt_mega.loop.run_folder import read_lines
+from cpt_mega.loop.verdict_actions import raised_replay
+from tests.helpers.jobsite import checkpoint_tensors, metrics, status
+
+# A rate that rises until general perplexity does: healthy at the first look, above the limit at the second.
+HARMFUL = [
+    "train.tokens=2500",
+    "optimizer.lr=0.3",
+    "schedule.warmup_tokens=2500",
+    "eval.interval_tokens=400",
+    "eval.dense_start=false",
+    "checkpoint.interval_tokens=400",
+    "gates.general_perplexity_limit=0.15",
+    "gates.lr_factor=0.05",
+    "anomaly.action=off",
+]
+
+
+def ledger(run, *kinds: str) -> list[dict]:
+    return [line for line in read_lines(run / "ledger.jsonl") if line["kind"] in kinds]
+
+
+def trained(workers, jobsite, run, *words, world=1) -> str:
+    told = [f"run.dir={run}", *words]
+    return workers(world).run("train", config=jobsite.config, overrides=told)[0][0]
+
+
+def newest(run):
+    return sorted((run / "checkpoints").glob("iter_*"))[-1]
+
+
+def same(a, b) -> None:
+    ours, theirs = checkpoint_tensors(newest(a)), checkpoint_tensors(newest(b))
+    assert ours.keys() == theirs.keys() and all(torch.equal(ours[name], theirs[name]) for name in ours)
+
+
+@pytest.fixture(scope="module")
+def harmed(workers, jobsite, tmp_path_factory):
+    """A run that a gate rolls back once."""
+    run = tmp_path_factory.mktemp("harmed") / "run"
+    assert trained(workers, jobsite, run, *HARMFUL, "gates.action=roll_back") == "finished"
+    return run
+
+
+def test_harm_rolls_the_run_back_to_a_healthy_checkpoint_at_a_lower_rate_with_more_replay(harmed):
+    (back,) = ledger(harmed, "rollback")
+    looks = ledger(harmed, "verdict")
+    at = next(number for number, look in enumerate(looks) if look["action"] == "roll_back")
+    assert looks[at]["step"] == back["step"] > back["to_step"] == looks[at - 1]["step"]
+    assert looks[at - 1]["action"] == "continue" and back["reason"] == looks[at]["verdicts"][0]["reason"]
+    assert {look["action"] for look in looks[at + 1 :]} == {"continue"}
+    assert back["steering"]["lr_scale"] == 0.05 and back["exclude"] == {}
+    assert back["weights"] == {"domain": pytest.approx(0.7), "replay": pytest.approx(0.3)}
+    lines = metrics(harmed, "train")
+    rates = [line["lr"] / line["tokens"] for line in lines]  # of a rate that rises with the tokens
+    first, later = rates[: back["to_step"]], rates[back["to_step"] :]
+    assert first == pytest.approx([0.3 / 2500] * len(first)) and later[:-1] == pytest.approx(
+        [0.015 / 2500] * (len(later) - 1)
+    )
+    replayed, since = (lines[at]["tokens_by_source"] for at in (back["to_step"] - 1, -1))
+    share = (since["replay"] - replayed["replay"]) / (sum(since.values()) - sum(replayed.values()))
+    assert share == pytest.approx(0.3, abs=0.03)
+    state = read_state(newest(harmed))
+    assert state.steering["rollbacks"] == 1 and [look["step"] for look in state.gate_history].count(back["step"]) <= 1
+    assert status(harmed)["state"] == "finished" and "roll_back" not in {look["action"] for look in state.gate_history}
+
+
+def test_a_rollback_of_a_gate_that_a_kill_came_behind_is_finished_by_the_next_start(workers, jobsite, harmed, tmp_path):
+    """All that there is of it is its line; what was saved after the checkpoint is set aside."""
+    run = tmp_path / "run"
+    assert trained(workers, jobsite, run, *HARMFUL) == "gate_stop"
+    (back,) = ledger(harmed, "rollback")
+    assert status(run)["step"] == back["step"]
+    with open(run / "ledger.jsonl", "a") as stream:
+        stream.write(json.dumps(back | {"run_id": status(run)["run_id"]}) + "\n")
+    assert trained(workers, jobsite, run, *HARMFUL, "gates.action=roll_back") == "finished"
+    assert any(path.name.startswith(".rolled_back_1-iter_") for path in (run / "checkpoints").iterdir())
+    same(run, harmed)
+    fields = ("step", "tokens", "loss", "grad_norm", "lr")
+    ours, theirs = ([[line[f] for f in fields] for line in metrics(folder, "train")] for folder in (run, harmed))
+    assert ours == theirs
+
+
+@pytest.mark.parametrize("world", [2])
+def test_all_ranks_roll_back_together_and_without_more_of_them_the_run_stops(workers, jobsite, tmp_path, world):
+    words = [*HARMFUL, "gates.action=roll_back", "gates.lr_factor=1", "gates.most_rollbacks=1", "parallel.tp=2"]
+    assert trained(workers, jobsite, tmp_path, *words, world=world) == "gate_stop"
+    assert len(ledger(tmp_path, "rollback")) == 1 and status(tmp_path)["exit_code"] == 80
+    assert "no rollback: 1 were made" in status(tmp_path)["reason"]
+
+
+def test_harm_before_any_healthy_checkpoint_stops_the_run(workers, jobsite, tmp_path):
+    words = ["gates.action=roll_back", "optimizer.lr=3.0", "schedule.warmup_tokens=0"]
+    assert trained(workers, jobsite, tmp_path, *HARMFUL, *words) == "gate_stop"
+    assert "no checkpoint is left that gates found healthy" in status(tmp_path)["reason"]
+
+
+def test_a_run_that_a_gate_anneals_ends_early_at_rate_zero_and_goes_on_as_an_unbroken_one(workers, jobsite, tmp_path):
+    words = [*HARMFUL, "gates.action=anneal", "gates.anneal_tokens=800", "gates.general_perplexity_limit=0.15"]
+    assert trained(workers, jobsite, tmp_path / "a", *words) == "finished"
+    (line,) = ledger(tmp_path / "a", "anneal")
+    assert line["ends_at"] == line["tokens"] + 800 < 2500
+    lines = metrics(tmp_path / "a", "train")
+    assert lines[-1]["tokens"] >= line["ends_at"] > lines[-2]["tokens"] and lines[-1]["lr"] == 0
+    asked = [0.3 * x["tokens"] / 2500 * min(1, max(0, (line["ends_at"] - x["tokens"]) / 800)) for x in lines]
+    assert [x["lr"] for x in lines] == pytest.approx([*asked[: line["step"]], *asked[line["step"] :]])
+    assert "annealed by a gate" in status(tmp_path / "a")["reason"]
+    shutil.copytree(tmp_path / "a", tmp_path / "b")
+    for folder in (tmp_path / "b" / "checkpoints").glob("iter_*"):
+        if int(folder.name.removeprefix("iter_")) > line["step"]:
+            shutil.rmtree(folder)
+    assert newest(tmp_path / "b").name == f"iter_{line['step']:07d}"
+    assert trained(workers, jobsite, tmp_path / "b", *words) == "finished"
+    same(tmp_path / "b", tmp_path / "a")
+    assert [x["lr"] for x in metrics(tmp_path / "b", "train")] == [x["lr"] for x in lines]
+
+
+def test_raised_replay_keeps_the_shares_within_each_part():
+    roles = {"a": "domain", "b": "domain", "c": "replay", "d": "instruct"}
+    raised = raised_replay({"a": 0.4, "b": 0.2, "c": 0.2, "d": 0.2}, roles, 0.1)
+    assert raised == pytest.approx({"a": 0.35, "b": 0.175, "c": 0.3, "d": 0.175})
+    assert raised_replay({"a": 1.0, "c": 0.0}, roles, 0.1) == {"a": 1.0, "c": 0.0}
+    assert raised_replay({"c": 2.0}, roles, 0.1) == {"c": 2.0}
+    assert raised_replay({"a": 0.2, "c": 1.8}, roles, 0.1) == pytest.approx({"a": 0.2, "c": 1.8})
+    assert raised_replay({"a": 0.4, "c": 1.6}, roles, 0.3) == pytest.approx({"a": 0.2, "c": 1.8})
