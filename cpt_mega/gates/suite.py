@@ -33,7 +33,7 @@ from cpt_mega.gates.probes.boundaries import Boundaries
 from cpt_mega.gates.probes.choice import Choice
 from cpt_mega.gates.probes.drift import Drift, divergence
 from cpt_mega.gates.probes.lists import list_items
-from cpt_mega.gates.probes.perplexity import Perplexity, ScoredDocument, perplexity_of
+from cpt_mega.gates.probes.perplexity import Perplexity, ScoredDocument, perplexities
 from cpt_mega.gates.probes.probe import ItemScore, Probe, Reading
 from cpt_mega.gates.requests import Likeliest, Request
 from cpt_mega.gates.suite_schema import (
@@ -225,13 +225,8 @@ def take_look(
 
 def perplexity_by_bucket(suite: Suite, found: Sequence[Found]) -> dict[str, float]:
     """Over all target tokens of the probes that are of a bucket."""
-    sums: dict[str, tuple[float, int]] = {}
-    for one in found:
-        if one.probe.name in suite.of_buckets:
-            nll, n = sums.get(one.probe.bucket, (0.0, 0))
-            more = [(item.values["nll"], int(item.values["targets"])) for item in one.items]
-            sums[one.probe.bucket] = nll + sum(x for x, _ in more), n + sum(x for _, x in more)
-    return {bucket: perplexity_of(*total) for bucket, total in sums.items()}
+    counted = [one for one in found if one.probe.name in suite.of_buckets]
+    return perplexities((one.probe.bucket, item.values) for one in counted for item in one.items)
 
 
 def _within(

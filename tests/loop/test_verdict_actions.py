@@ -1,14 +1,17 @@
 """What verdicts do to real runs: go back with a lower rate and more replay, come to an early end, and survive a kill."""
 
 import json
+import re
 import shutil
 
 import pytest
 import torch
 
 from cpt_mega.checkpoint.trainer_state import read_state
+from cpt_mega.errors import InputError
 from cpt_mega.loop.run_folder import read_lines
 from cpt_mega.loop.verdict_actions import raised_replay
+from cpt_mega.loop.verdict_replay import take_again
 from tests.helpers.jobsite import checkpoint_tensors, metrics, status
 
 # A rate that rises until general perplexity does: healthy at the first look, above the limit at the second.
@@ -88,6 +91,39 @@ def test_a_rollback_of_a_gate_that_a_kill_came_behind_is_finished_by_the_next_st
     fields = ("step", "tokens", "loss", "grad_norm", "lr")
     ours, theirs = ([[line[f] for f in fields] for line in metrics(folder, "train")] for folder in (run, harmed))
     assert ours == theirs
+
+
+def test_every_decision_is_taken_again_from_what_the_run_wrote_down(harmed):
+    found = take_again(harmed)
+    assert [one.action for one in found] == [line["action"] for line in ledger(harmed, "verdict")]
+    assert "roll_back" in {one.action for one in found} and not any(one.difference for one in found)
+
+
+@pytest.mark.parametrize(("file", "which", "old", "new"), [
+    ("ledger.jsonl", '"verdict"', '"action": "continue"', '"action": "warn"'),
+    ("ledger.jsonl", '"verdict"', r'("rise": -?\d\.\d*)1', r"\g<1>2"),
+    ("ledger.jsonl", '"kind": "gates"', '"perplexity_limit": 0.15', '"perplexity_limit": 0.16'),
+    ("items.jsonl", '"step": 4', r'("nll": \d+\.\d*)1', r"\g<1>2"),
+])  # fmt: skip
+def test_a_decision_that_does_not_come_out_as_the_ledger_says_is_named(harmed, tmp_path, file, which, old, new):
+    run = tmp_path / "run"
+    run.mkdir()
+    for name in ("ledger.jsonl", "items.jsonl"):
+        shutil.copy(harmed / name, run / name)
+    lines = (run / file).read_text().splitlines()
+    at = next(number for number, line in enumerate(lines) if which in line and re.search(old, line))
+    lines[at] = re.sub(old, new, lines[at], count=1)
+    (run / file).write_text("".join(line + "\n" for line in lines))
+    found = [one for one in take_again(run) if one.difference]
+    assert found and "the ledger says" in found[0].difference
+
+
+def test_what_is_no_run_with_verdicts_is_one_line(tmp_path):
+    with pytest.raises(InputError, match="no ledger.jsonl with a verdict"):
+        take_again(tmp_path)
+    (tmp_path / "ledger.jsonl").write_text('{"kind": "verdict", "step": 1}\n')
+    with pytest.raises(InputError, match="does not say what its verdicts were taken on"):
+        take_again(tmp_path)
 
 
 @pytest.mark.parametrize("world", [2])

@@ -6,7 +6,7 @@ the document is scored once, and all but those of the first window with at least
 
 import hashlib
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -70,6 +70,15 @@ class Perplexity:
             size = math.fsum(item.values["bytes"] for item in items)
             found.append(Reading("bits_per_byte", nll / math.log(2) / size, int(size)))
         return found
+
+
+def perplexities(documents: Iterable[tuple[str, Mapping[str, float]]]) -> dict[str, float]:
+    """By bucket, of the buckets and values (``nll``, ``targets``) of documents."""
+    sums: dict[str, tuple[float, int]] = {}
+    for bucket, values in documents:
+        nll, n = sums.get(bucket, (0.0, 0))
+        sums[bucket] = nll + values["nll"], n + int(values["targets"])
+    return {bucket: perplexity_of(*total) for bucket, total in sums.items()}
 
 
 def perplexity_of(nll: float, n: int) -> float:

@@ -1,0 +1,136 @@
+"""Takes the decisions of a run's gates again, from what it wrote down: the scores of items, the rules, what was known before.
+
+A verdict is a pure function of these (``gates/rules.py``), so what comes out must be what the ledger says, number for number.
+"""
+
+import json
+import math
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+
+from cpt_mega.checkpoint.trainer_state import TrainerState, has_state, read_state
+from cpt_mega.errors import InputError
+from cpt_mega.gates.probes.perplexity import perplexities
+from cpt_mega.gates.rules import Judge
+from cpt_mega.gates.verdict import NONE, LookScores, strongest
+from cpt_mega.json_types import finite
+from cpt_mega.lineage import parse_json
+from cpt_mega.loop.run_folder import ITEMS, LEDGER, read_lines
+
+
+@dataclass(frozen=True)
+class TakenAgain:
+    """A decision, and how it comes out now.
+
+    Attributes:
+        line: that of the ledger.
+        action: now.
+        difference: the first thing that is not the same, as a sentence; None where all is.
+    """
+
+    line: dict
+    action: str
+    difference: str | None
+
+
+def take_again(run_dir: Path) -> list[TakenAgain]:
+    """All decisions of gates in a run's ledger, in order.
+
+    Raises InputError for a folder that has no such ledger, or one whose lines do not say what was decided on.
+    """
+    lines = read_lines(run_dir / LEDGER)
+    if not any(line.get("kind") == "verdict" for line in lines):
+        raise InputError(
+            "RUN", str(run_dir), f"has no {LEDGER} with a verdict; name a run folder whose gates have looked"
+        )
+    known = _Known(run_dir)
+    try:
+        return [found for line in lines if (found := known.read(line)) is not None]
+    except (KeyError, TypeError, ValueError, AttributeError, OSError) as error:
+        fix = f"does not say what its verdicts were taken on ({error!r}); was it written by an older version?"
+        raise InputError("RUN", str(run_dir / LEDGER), fix) from error
+
+
+@dataclass
+class _Known:
+    """What stands in the ledger up to a line."""
+
+    run_dir: Path
+    judge: Judge | None = None
+    digests: dict[str, str] = field(default_factory=dict)
+    buckets: dict[str, str] = field(default_factory=dict)  # of the probes of perplexity
+    baseline: dict[str, float] = field(default_factory=dict)
+    items: dict[str, dict[str, float]] = field(default_factory=dict)  # at step 0, by digest
+    history: list[dict] = field(default_factory=list)
+
+    def read(self, line: dict) -> TakenAgain | None:
+        take = {"restore": self._start, "baseline": self._take_baseline, "gates": self._take_rules}
+        if line.get("kind") == "verdict":
+            return self._verdict(line)
+        take.get(line.get("kind"), lambda line: None)(line)
+        return None
+
+    def _start(self, line: dict) -> None:
+        """A run that goes on keeps what it knew up to there; one that begins knows what its checkpoint's run did."""
+        self.history = [look for look in self.history if look["step"] <= line["step"]]
+        if line["mode"] == "full" and self.judge is not None:
+            return
+        folder = Path(line["from"])
+        state = read_state(folder) if has_state(folder) else TrainerState("", "")
+        self.baseline, self.items, self.history = dict(state.baseline), dict(state.item_baseline), []
+        if line["mode"] == "full":
+            self.history = [dict(look) for look in state.gate_history]
+
+    def _take_rules(self, line: dict) -> None:
+        self.judge = Judge.from_json({each.name: line[each.name] for each in fields(Judge)})
+        self.digests, self.buckets = line["digests"], line["perplexity_probes"]
+
+    def _take_baseline(self, line: dict) -> None:
+        self.baseline = {**self.baseline, **line["perplexity"]}
+        for item in self._look(line["items"]):
+            name = item["digest"]
+            if line["digests"].get(item["probe"]) == name and item["score"] is not None:
+                self.items.setdefault(name, {})[item["id"]] = item["score"]
+
+    def _verdict(self, line: dict) -> TakenAgain:
+        lines, step = list(self._look(line["items"])), line["step"]
+        now: dict[str, dict[str, float]] = {}
+        for item in lines:
+            now.setdefault(item["probe"], {})[item["id"]] = _number(item["score"])
+        counted = [item for item in lines if item["probe"] in self.buckets]
+        values = perplexities((item["bucket"], {k: _number(v) for k, v in item["values"].items()}) for item in counted)
+        before = {probe: self.items.get(digest, {}) for probe, digest in self.digests.items()}
+        scores = LookScores(step, line["tokens"], self.baseline, values, before, now)
+        earlier = [look for look in self.history if look["step"] != step]
+        verdicts = self.judge.verdicts(scores, earlier)
+        action = strongest(verdicts) if verdicts else NONE
+        objections = {verdict.rule: verdict.level for verdict in verdicts if verdict.level != NONE}
+        look = {"step": step, "tokens": line["tokens"], "perplexity": values, "action": action}
+        self.history = [*earlier, look | {"objections": objections}]
+        said = {name: finite(value) for name, value in values.items()}
+        again = {"perplexity": said, "action": action, "verdicts": [verdict.to_json() for verdict in verdicts]}
+        again = json.loads(json.dumps(again))
+        return TakenAgain(line, action, _difference({name: line[name] for name in again}, again))
+
+    def _look(self, span: list[int]) -> Iterator[dict]:
+        """The lines of items that a look wrote."""
+        with open(self.run_dir / ITEMS, "rb") as stream:
+            stream.seek(span[0])
+            for line in stream.read(span[1] - span[0]).splitlines():
+                yield parse_json(line)
+
+
+def _number(value: float | None) -> float:
+    return math.nan if value is None else value
+
+
+def _difference(said: object, now: object, name: str = "") -> str | None:
+    """The first place where two plain values differ."""
+    if isinstance(said, Mapping) and isinstance(now, Mapping) and said.keys() == now.keys():
+        pairs = [(f"{name}.{key}" if name else key, said[key], now[key]) for key in now]
+    elif isinstance(said, list) and isinstance(now, list) and len(said) == len(now):
+        pairs = [(f"{name}[{at}]", *both) for at, both in enumerate(zip(said, now, strict=True))]
+    else:
+        return None if said == now else f"{name} is {now!r}, and the ledger says {said!r}"
+    return next((found for key, *both in pairs if (found := _difference(*both, key)) is not None), None)
