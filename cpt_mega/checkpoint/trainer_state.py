@@ -13,9 +13,21 @@ FORMAT = 1
 ON_PERPLEXITY = {"general_perplexity_limit", "domain_gain", "domain_price"}  # rules that look at nothing else
 
 
+class Score(TypedDict):
+    """How far a bucket is from step 0, as ``gates.changes`` has it, with its 95 % interval; None: not finite.
+
+    ``of``: the probes that it is of, by digest, and how each was measured.
+    """
+
+    gain: float | None
+    low: float | None
+    high: float | None
+    of: dict[str, str]
+
+
 class Look(TypedDict):
-    """What a look of the gates found: ``perplexity`` by bucket, ``objections`` with their level (soft, hard) by rule, and
-    ``judged_by``, all rules that said anything."""
+    """What a look of the gates found: ``perplexity``, ``scores`` and the ``weights`` of a choice by bucket, ``objections`` with
+    their level (soft, hard) by rule, and ``judged_by``, all rules that said anything."""
 
     step: Count
     tokens: Count
@@ -23,6 +35,8 @@ class Look(TypedDict):
     action: str
     objections: NotRequired[dict[str, str]]
     judged_by: NotRequired[list[str]]
+    scores: NotRequired[dict[str, Score]]
+    weights: NotRequired[dict[str, float]]
 
 
 @dataclass
@@ -72,7 +86,7 @@ class TrainerState:
 
     @property
     def health(self) -> str:
-        """``healthy``: the gates judged at this very step and none objected; ``unhealthy``: one did; ``not judged``.
+        """``healthy``: the gates judged at this very step and none objected; ``unhealthy``: one did; ``warned``; ``not judged``.
 
         Perplexity stands while abilities go, so it cannot pass anything by itself: ``perplexity only``.
         """
@@ -80,7 +94,7 @@ class TrainerState:
         if not here or here[-1]["action"] == "none":  # a look that no gate judged
             return "not judged"
         if here[-1]["action"] != "continue":
-            return "unhealthy"
+            return "warned" if here[-1]["action"] in ("warn", "anneal") else "unhealthy"
         return "perplexity only" if set(here[-1].get("judged_by", ())) <= ON_PERPLEXITY else "healthy"
 
 

@@ -301,8 +301,8 @@ class Config(Section):
             "schedule.warmup_tokens: must not exceed train.tokens": (
                 (self.schedule.warmup_tokens or 0) > self.train.tokens > 0
             ),
-            "checkpoint.export_hf: best is by evaluations; name held-out corpora in eval.sets": (
-                self.checkpoint.export_hf == "best" and not self.eval.sets
+            "checkpoint.export_hf: best is by evaluations; name held-out corpora in eval.sets, or a gates.suite": (
+                self.checkpoint.export_hf == "best" and not self.eval.sets and self.gates.suite is None
             ),
             "data.sources: name at least one corpus to train on": self.train.tokens > 0 and not self.data.sources,
             "parallel.sp: needs parallel.tp above 1; set parallel.tp or drop parallel.sp": (

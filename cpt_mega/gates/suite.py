@@ -8,7 +8,7 @@ import json
 import math
 from collections import defaultdict
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 
@@ -47,6 +47,7 @@ from cpt_mega.gates.suite_schema import (
     ProbeOptions,
     RuleOptions,
     SuiteOptions,
+    WeightOptions,
 )
 from cpt_mega.json_types import finite
 from cpt_mega.lineage import combined_digest, text_digest
@@ -64,6 +65,7 @@ class Suite:
         of_buckets: names of the probes that make up the perplexity of their bucket.
         rules: what is done about what is found; None for held-out sets alone.
         notes: what a user should know of it.
+        weights: of the buckets, when a checkpoint is chosen (``selection.py``).
     """
 
     name: str
@@ -73,6 +75,7 @@ class Suite:
     of_buckets: frozenset[str] = frozenset()
     rules: RuleOptions | None = None
     notes: tuple[str, ...] = ()
+    weights: Mapping[str, float] = field(default_factory=lambda: WeightOptions().model_dump())
 
     @property
     def digest(self) -> str:
@@ -104,7 +107,10 @@ class Suite:
 
     def joined(self, other: "Suite") -> "Suite":
         """Both in one look, in rows of the shorter kind. What ``other`` adds to a bucket that has its perplexity already is
-        read apart: that of a bucket does not change with a suite. Raises InputError where they have a probe of one name."""
+        read apart: that of a bucket does not change with a suite. The weights are those of ``other``.
+
+        Raises InputError where they have a probe of one name.
+        """
         twice = sorted(self.digests.keys() & other.digests.keys())
         if twice:
             raise InputError("gates.suite", twice[0], "eval.sets has a set of this name; name the probe otherwise")

@@ -12,6 +12,7 @@ from cpt_mega.config.schema import NonNegativeInt, PositiveInt, Section
 
 Name = Annotated[str, StringConstraints(pattern=r"^[\w.-]+$")]
 Bucket = Literal["domain", "general", "behaviour", "safety"]
+NonNegativeFloat = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 
 
 class ProbeOptions(Section):
@@ -124,8 +125,16 @@ class RuleOptions(Section):
     functions: tuple[str, ...] = Field((), description="rules of your own: path/to/file.py:function")
 
 
+class WeightOptions(Section):
+    domain: NonNegativeFloat = Field(1.0, description="what the gain counts for in the choice of a checkpoint")
+    general: NonNegativeFloat = Field(1.0, description="what a regression of that bucket counts for")
+    behaviour: NonNegativeFloat = Field(1.0, description="the same")
+    safety: NonNegativeFloat = Field(1.0, description="the same")
+
+
 class SuiteOptions(Section):
     name: str = Field(min_length=1, description="of the suite, in results")
     rules: RuleOptions = Field(RuleOptions(), description="what is done about what is measured")
     row_tokens: PositiveInt = Field(2048, description="of the rows that items are packed into")
+    weights: WeightOptions = Field(WeightOptions(), description="of the buckets, when a checkpoint is chosen")
     probes: dict[Name, AnyProbe] = Field(min_length=1, description="what is measured, by a name for results")

@@ -42,6 +42,12 @@ def iteration_folders(checkpoints: str | Path) -> list[Path]:
     return [path for _, path in sorted(numbered, reverse=True)]
 
 
+def complete_steps(run_dir: Path) -> list[int]:
+    """Steps of a run's complete checkpoints."""
+    folders = iteration_folders(run_dir / CHECKPOINTS)
+    return [int(folder.name.removeprefix("iter_")) for folder in folders if is_complete(folder)]
+
+
 def _newest(checkpoints: Path, field: str) -> Path:
     # The tracker file may be older or newer than what survived; what is complete decides.
     folders = iteration_folders(checkpoints)

@@ -8,11 +8,10 @@ from cpt_mega.checkpoint.saving import CheckpointSave, remove_unfinished
 from cpt_mega.errors import FaultError, SaveStalled
 from cpt_mega.gates.anomaly import AnomalyState, rollback_target
 from cpt_mega.gates.looks import crossed, ends_stable_phase
-from cpt_mega.gates.selection import best_step, healthy_steps
-from cpt_mega.hf.locate import CHECKPOINTS, iteration_folders
+from cpt_mega.gates.selection import choose, healthy_steps
+from cpt_mega.hf.locate import complete_steps
 from cpt_mega.hf.model_info import copy_model_files
 from cpt_mega.hf.weights import ModelNames
-from cpt_mega.lineage import is_complete
 from cpt_mega.loop.callbacks import NullCallback, end_if_lost
 from cpt_mega.loop.run_folder import RunFolder
 from cpt_mega.loop.trainer import Trainer
@@ -153,7 +152,7 @@ class Checkpoints(NullCallback):
         history, options = trainer.state.gate_history, trainer.config.checkpoint
         there = complete_steps(self.folder.path)
         healthy = [step for step in healthy_steps(history) if step in there]
-        kept = {*healthy[-1:], best_step(history, there), _to_go_back_to(trainer, there)} - {None}
+        kept = {*healthy[-1:], choose(history, there).step, _to_go_back_to(trainer, there)} - {None}
         for name in trim(self.folder.path, newest, options.keep_rolling, options.keep_permanent, kept):
             self.console.print(f" removed {name}, a rolling or permanent one beyond those that stay", style="dim")
 
@@ -176,9 +175,3 @@ def _check_corpora(trainer: Trainer) -> None:
     problem = mesh.share(problem)
     if problem is not None:
         raise FaultError(problem)
-
-
-def complete_steps(run_dir: Path) -> list[int]:
-    """Steps of a run's complete checkpoints."""
-    folders = iteration_folders(run_dir / CHECKPOINTS)
-    return [int(folder.name.removeprefix("iter_")) for folder in folders if is_complete(folder)]

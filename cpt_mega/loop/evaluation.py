@@ -14,6 +14,7 @@ from rich.console import Console
 from cpt_mega.checkpoint.trainer_state import Look, TrainerState
 from cpt_mega.gates.arming import armed, disagreement
 from cpt_mega.gates.asking import Interrupted
+from cpt_mega.gates.changes import bucket_changes
 from cpt_mega.gates.looks import look_due
 from cpt_mega.gates.requests import Likeliest
 from cpt_mega.gates.rules import Judge
@@ -130,6 +131,8 @@ class Evaluation(NullCallback):
         action = strongest(verdicts) if verdicts else "none"
         look = {"step": state.step, "tokens": state.tokens, "perplexity": values, "action": action}
         look["objections"] = {verdict.rule: verdict.level for verdict in verdicts if verdict.level != NONE}
+        scores = bucket_changes(found, self.suite.digests, state.item_baseline)
+        look |= {"scores": scores, "weights": dict(self.suite.weights)}
         look["judged_by"] = [verdict.rule for verdict in verdicts]
         state.gate_history = [*earlier, look]
         said = [verdict.to_json() for verdict in verdicts]

@@ -36,11 +36,12 @@ from cpt_mega.gates.anomaly import (
     judge,
     rollback_target,
 )
+from cpt_mega.gates.selection import OBJECTIONS
 from cpt_mega.gates.steering import Steering
+from cpt_mega.hf.locate import complete_steps
 from cpt_mega.json_types import finite
 from cpt_mega.loop import rollback
 from cpt_mega.loop.callbacks import NullCallback
-from cpt_mega.loop.checkpoints import complete_steps
 from cpt_mega.loop.prefetch import DrawnBatch
 from cpt_mega.loop.run_folder import read_lines
 from cpt_mega.loop.trainer import Trainer
@@ -159,7 +160,7 @@ class AnomalyGuard(NullCallback):
 
     def _checkpoints(self) -> list[int]:
         """Steps of those that no gate objected to."""
-        bad = {look["step"] for look in self.state.gate_history if look["action"] not in ("none", "continue")}
+        bad = {look["step"] for look in self.state.gate_history if look["action"] in OBJECTIONS}
         return [step for step in complete_steps(self.run_dir) if step not in bad]
 
     def _made(self) -> int:

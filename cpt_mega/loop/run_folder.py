@@ -209,17 +209,24 @@ def opened_here(run_dir: str | Path) -> bool:
 
 
 def read_lines(path: Path) -> list[dict]:
+    """All that ``each_line`` yields."""
+    return list(each_line(path))
+
+
+def each_line(path: Path) -> Iterator[dict]:
     """The JSON objects of a file of lines, none when there is no file.
 
     A line that was cut by a crash or is damaged is passed over, and so is one whose step is no number.
     """
-    found = []
-    if path.is_file():
-        with open(path, encoding="utf-8", errors="replace") as stream:
-            for line in stream:
-                with contextlib.suppress(ValueError):
-                    found.append(parse_json(line))
-    return [value for value in found if isinstance(value, dict) and type_problem(value.get("step", 0), Count) is None]
+    if not path.is_file():
+        return
+    with open(path, encoding="utf-8", errors="replace") as stream:
+        for line in stream:
+            value = None
+            with contextlib.suppress(ValueError):
+                value = parse_json(line)
+            if isinstance(value, dict) and type_problem(value.get("step", 0), Count) is None:
+                yield value
 
 
 def drop_lines_after(path: Path, step: int) -> None:

@@ -26,14 +26,14 @@ from cpt_mega.engine.platform import check_layout
 from cpt_mega.engine.step import Engine
 from cpt_mega.errors import InputError, RollBack
 from cpt_mega.gates.anomaly import AnomalyState, rolled_back
-from cpt_mega.gates.selection import best_step
+from cpt_mega.gates.selection import choose
 from cpt_mega.hf.convert import export_hf
-from cpt_mega.hf.locate import CHECKPOINTS
+from cpt_mega.hf.locate import CHECKPOINTS, complete_steps
 from cpt_mega.hf.weights import ModelNames
 from cpt_mega.lineage import code_version, new_run_id
 from cpt_mega.loop import rollback
 from cpt_mega.loop.callbacks import Control, Logging
-from cpt_mega.loop.checkpoints import Checkpoints, complete_steps
+from cpt_mega.loop.checkpoints import Checkpoints
 from cpt_mega.loop.console import Events, fast_paths_table, make_console, show_contract, sources_table
 from cpt_mega.loop.evaluation import Evaluation
 from cpt_mega.loop.guarding import make_guard
@@ -226,7 +226,7 @@ def _conclude(console: Console, config: Config, folder: RunFolder, outcome: tupl
     if outcome[0] == "finished" and config.checkpoint.export_hf != "none":
         chosen, why = folder.path, ""
         if config.checkpoint.export_hf == "best":
-            best = best_step(status.state.gate_history, complete_steps(folder.path))
+            best = choose(status.state.gate_history, complete_steps(folder.path)).step
             if best is not None:
                 chosen, why = chosen / CHECKPOINTS / iteration_name(best), ", the best that no gate objected to,"
         console.print(f" exported {chosen}{why} to {_export(folder.path, chosen)}", style="dim")

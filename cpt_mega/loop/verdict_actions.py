@@ -8,8 +8,8 @@ from dataclasses import replace
 from cpt_mega.errors import RollBack
 from cpt_mega.gates.steering import Steering
 from cpt_mega.gates.verdict import ANNEAL, CONTINUE, ROLL_BACK, STOP, WARN
+from cpt_mega.hf.locate import complete_steps
 from cpt_mega.loop import rollback
-from cpt_mega.loop.checkpoints import complete_steps
 from cpt_mega.loop.run_folder import RunFolder
 from cpt_mega.loop.trainer import Trainer
 

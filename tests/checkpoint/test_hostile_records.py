@@ -13,13 +13,16 @@ from cpt_mega.checkpoint.retention import trim
 from cpt_mega.checkpoint.trainer_state import FORMAT, STATE_FILE, TrainerState, read_state
 from cpt_mega.checkpoint.verification import verify
 from cpt_mega.errors import CheckpointError
+from cpt_mega.gates.selection import choose
 from cpt_mega.hf.convert import import_hf
 from cpt_mega.lineage import MANIFEST, damaged_files, seal_folder, sealed_files
 from tests.helpers.models import tiny_llama
 from tests.helpers.mutations import damaged_json, nested, overwrite
 
 CI = settings(max_examples=60, deadline=None, derandomize=True, database=None)
+SCORE = {"gain": -0.1, "low": -0.2, "high": None, "of": {"digest": "text"}}
 LOOK = {"step": 8, "tokens": 400, "perplexity": {"general": 9.5}, "action": "continue"}
+LOOK |= {"scores": {"general": SCORE}, "weights": {"domain": 1.0, "general": 2.0}}
 STATE = TrainerState(
     run_id="run",
     parent="/nowhere",
@@ -56,8 +59,9 @@ def test_a_damaged_state_is_refused_or_one_to_go_on_from(checkpoint, content):
     except CheckpointError as error:
         assert STATE_FILE in str(error) and "\n" not in str(error)
     else:
-        assert state.health in ("healthy", "unhealthy", "not judged", "perplexity only")
+        assert state.health in ("healthy", "unhealthy", "not judged", "perplexity only", "warned")
         assert state.step >= 0 and all(look["perplexity"].get("x") is None for look in state.gate_history)
+        assert choose(state.gate_history, {8}).step in (8, None)
         assert state.lineage == {} or {"tokenizer_digest", "corpora", "eval"} <= state.lineage.keys()
 
 

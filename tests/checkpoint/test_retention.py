@@ -6,6 +6,8 @@ from pathlib import Path
 import pytest
 
 from cpt_mega.checkpoint.retention import PERMANENT, PINNED, ROLLING, removable, trim
+from cpt_mega.checkpoint.trainer_state import read_state
+from cpt_mega.gates.selection import choose
 from cpt_mega.hf.weights import model_digest
 from cpt_mega.lineage import is_complete, seal_folder
 from tests.helpers.jobsite import metrics
@@ -98,8 +100,8 @@ def test_a_run_keeps_its_record_the_last_before_the_decay_the_newest_and_the_bes
     undecayed = next(step for step in tokens if tokens[step] + 8 * 32 > 1700)
     assert {step for step, kind in kinds.items() if kind == PERMANENT} == {*record, max(tokens)}
     assert kinds[undecayed] == (PERMANENT if undecayed in record else PINNED) and tokens[undecayed] <= 1700
-    looks = [line for line in metrics(tmp_path / "run", "eval") if line["bucket"] == "domain" and line["step"]]
-    best = min(looks, key=lambda line: line["value"])["step"]
+    looks = read_state(tmp_path / "run" / "checkpoints" / f"iter_{max(tokens):07d}").gate_history
+    best = choose(looks, set(tokens)).step  # of all that ever were, though most are gone
     rolling = [step for step, kind in kinds.items() if kind == ROLLING]
     assert model_digest(tmp_path / "run" / "export") == model_digest(tmp_path / f"run/checkpoints/iter_{best:07d}")
     assert best in kinds and best != max(tokens) and len(rolling) <= 2 and len(looks) == len(tokens) > len(kinds)

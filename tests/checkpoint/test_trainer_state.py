@@ -14,7 +14,7 @@ from cpt_mega.checkpoint.trainer_state import TrainerState
         ([(3, "stop"), (4, "continue")], "perplexity only"),
         ([(4, "continue", "general_perplexity_limit", "domain_gain")], "perplexity only"),
         ([(3, "stop"), (4, "continue", "general_perplexity_limit", "general")], "healthy"),
-        ([(4, "warn", "general")], "unhealthy"),
+        ([(4, "warn", "general")], "warned"),
         ([(3, "continue"), (4, "stop")], "unhealthy"),
     ],
 )

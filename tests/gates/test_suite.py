@@ -11,7 +11,7 @@ import pytest
 from cpt_mega.data.tokenizer import TextTokenizer
 from cpt_mega.errors import InputError
 from cpt_mega.gates.items import first_items
-from cpt_mega.gates.suite import open_suite, texts_of
+from cpt_mega.gates.suite import Suite, open_suite, texts_of
 from cpt_mega.hf.convert import import_hf
 from tests.helpers.corpora import write_bpe_tokenizer, write_corpus
 from tests.helpers.models import tiny_llama
@@ -55,6 +55,20 @@ def test_a_file_may_extend_one_in_another_folder(folder, tokenizer):
     more, whole = opened(inner / "suite.yaml", tokenizer), opened(folder / "suite.yaml", tokenizer)
     assert more.digests.keys() - whole.digests.keys() == {"more"}
     assert {name for name in whole.digests if whole.digests[name] != more.digests[name]} == {"choices"}
+
+
+def test_weights_are_one_unless_said_and_extended_as_all_else_and_change_no_digest(folder, tokenizer):
+    plain = opened(folder / "suite.yaml", tokenizer)
+    assert plain.weights == dict.fromkeys(("domain", "general", "behaviour", "safety"), 1.0)
+    (folder / "more.yaml").write_text("extends: suite.yaml\nweights: {general: 2, safety: 0}\n")
+    (folder / "most.yaml").write_text("extends: more.yaml\nweights: {safety: 0.5}\n")
+    most = opened(folder / "most.yaml", tokenizer)
+    assert most.weights == plain.weights | {"general": 2.0, "safety": 0.5} and most.digests == plain.digests
+    assert Suite("eval.sets", 8, (), {}).joined(most).weights == most.weights
+    for wrong in ("{general: -1}", "{general: .inf}", "{generl: 1}", "1"):
+        (folder / "wrong.yaml").write_text(f"extends: suite.yaml\nweights: {wrong}\n")
+        with pytest.raises(InputError, match="weights"):
+            opened(folder / "wrong.yaml", tokenizer)
 
 
 def change(line: dict) -> dict:
