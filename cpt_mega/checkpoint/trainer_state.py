@@ -86,7 +86,7 @@ class TrainerState:
 
     @property
     def health(self) -> str:
-        """``healthy``: the gates judged at this very step and none objected; ``unhealthy``: one did; ``warned``; ``not judged``.
+        """``healthy``: gates judged at this very step and none objected; ``unhealthy``: one did; ``warned``; ``not judged``.
 
         Perplexity stands while abilities go, so it cannot pass anything by itself: ``perplexity only``.
         """

@@ -26,7 +26,7 @@ from cpt_mega.gates.paired import mean_drop, right_or_wrong
 from cpt_mega.gates.probes.boundaries import Boundaries
 from cpt_mega.gates.probes.drift import Drift
 from cpt_mega.gates.probes.perplexity import Perplexity
-from cpt_mega.gates.probes.probe import ItemScore, Probe
+from cpt_mega.gates.probes.probe import RIGHT_OR_WRONG, ItemScore, Probe
 from cpt_mega.json_types import finite
 
 RIGHT, TEXT, MEAN = "right", "text", "mean"
@@ -121,7 +121,7 @@ def kind_of(probe: Probe | Drift) -> str | None:
     """How a probe's items are measured; None for those that do not count."""
     if isinstance(probe, Drift | Boundaries):
         return None
-    if probe.is_binary:
+    if probe.scale == RIGHT_OR_WRONG:
         return RIGHT
     return TEXT if isinstance(probe, Perplexity) else MEAN
 

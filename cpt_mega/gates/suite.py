@@ -172,7 +172,8 @@ def open_suite(
             raise InputError(f"suite probe {probe.name}", probe.name, fix)
     ends = [tokenizer.adds_bos, tokenizer.bos_id, tokenizer.eos_id]  # which its files beside the vocabulary decide
     digests, of_buckets = _digests(probes, [tokenizer.digest, ends]), _perplexities(probes)
-    return Suite(options.name, options.row_tokens, probes, digests, of_buckets, options.rules, notes)
+    told = {"rules": options.rules, "notes": notes, "weights": options.weights.model_dump()}
+    return Suite(options.name, options.row_tokens, probes, digests, of_buckets, **told)
 
 
 def held_out_suite(config: Config, tokenizer_digest: str, vocab_size: int) -> Suite:

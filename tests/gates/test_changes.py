@@ -1,7 +1,7 @@
 """What has changed since step 0 in a bucket, on one scale."""
 
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import numpy as np
 import pytest
@@ -12,7 +12,7 @@ from cpt_mega.gates.paired import right_or_wrong
 from cpt_mega.gates.probes.boundaries import Boundaries
 from cpt_mega.gates.probes.drift import Drift
 from cpt_mega.gates.probes.perplexity import Perplexity, ScoredDocument
-from cpt_mega.gates.probes.probe import ItemScore
+from cpt_mega.gates.probes.probe import OTHER, RIGHT_OR_WRONG, ItemScore
 
 
 @dataclass
@@ -27,8 +27,11 @@ class Asked:
 
     name: str
     bucket: str
-    is_binary: bool
-    requests: list = field(default_factory=list)
+    right: bool
+
+    @property
+    def scale(self) -> str:
+        return RIGHT_OR_WRONG if self.right else OTHER
 
 
 def changes(*looks):

@@ -26,6 +26,7 @@ def run(workers, jobsite, tmp_path_factory):
         f"run.dir={folder / 'run'}",
         f"model.checkpoint={folder / 'import'}",
         f"gates.suite={suite}",
+        "gates.look_share=null",
         "train.tokens=3000",
         "eval.interval_tokens=500",
         "eval.dense_start=false",
