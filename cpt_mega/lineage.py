@@ -14,7 +14,7 @@ import re
 import subprocess
 import tempfile
 import uuid
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from importlib import metadata
 from pathlib import Path
 
@@ -132,6 +132,33 @@ def seal_folder(folder: str | os.PathLike, measured: Mapping[str, dict] | None =
     write_json(folder / MANIFEST, {"files": dict(sorted(files.items()))})  # measured in any order
     with open(folder / COMPLETE, "w") as stream:
         os.fsync(stream.fileno())
+    flush_folder(folder)
+
+
+def put_into_sealed_folder(folder: str | os.PathLike, name: str, write: Callable[[Path], None]) -> None:
+    """Adds a file to a sealed folder and to its seal, or puts another in its place; all other files stay as they are.
+
+    Args:
+        name: of a file that stands in the folder itself.
+        write: makes the file at the path that it is given.
+
+    Killed in the middle, the folder is whole but for a file that its seal does not name; the same call mends that. Raises
+    CheckpointError when the folder is not sealed, OSError when nothing can be written there.
+    """
+    folder = Path(folder)
+    files, building = sealed_files(folder), folder / f".{name}.building"
+    try:
+        write(building)
+        os.chmod(building, 0o644)
+        if files.pop(name, None) is not None:  # never a seal over what it is not of
+            write_json(folder / MANIFEST, {"files": files})
+        os.replace(building, folder / name)
+    except BaseException:
+        with contextlib.suppress(OSError):
+            building.unlink(missing_ok=True)
+        raise
+    files |= measure_files(folder, [name])
+    write_json(folder / MANIFEST, {"files": dict(sorted(files.items()))})
     flush_folder(folder)
 
 

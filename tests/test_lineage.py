@@ -9,7 +9,18 @@ import sys
 import pytest
 
 from cpt_mega.errors import CheckpointError
-from cpt_mega.lineage import MANIFEST, building_folder, is_inside, is_local_name, read_json, seal_folder, sealed_files
+from cpt_mega.lineage import (
+    MANIFEST,
+    building_folder,
+    damaged_files,
+    folder_files,
+    is_inside,
+    is_local_name,
+    put_into_sealed_folder,
+    read_json,
+    seal_folder,
+    sealed_files,
+)
 
 
 @pytest.fixture
@@ -86,3 +97,34 @@ def test_what_a_killed_process_left_is_removed_and_what_is_being_made_is_not(tmp
         left = [path.name for path in tmp_path.iterdir() if path != folder]
         assert folder.is_dir() and [name.startswith(".building-out-other-") for name in left] == [True]
     assert (tmp_path / "out").is_dir()
+
+
+def test_a_file_is_put_into_a_sealed_folder_and_replaced(sealed):
+    before = sealed_files(sealed)
+    for text in ("one", "another"):
+        put_into_sealed_folder(sealed, "more", lambda path, text=text: path.write_text(text))
+        assert (sealed / "more").read_text() == text
+        files = sealed_files(sealed)
+        assert list(files) == ["hf/config.json", "more"] == folder_files(sealed) and not damaged_files(sealed, files)
+    assert {name: files[name] for name in before} == before
+
+
+@pytest.mark.parametrize("moment", range(1, 4))
+def test_killed_while_a_file_is_put_in_the_folder_is_whole_and_the_same_call_mends_it(sealed, monkeypatch, moment):
+    """At each rename that the call makes: of the seal without it, of the file, of the seal with it."""
+    put_into_sealed_folder(sealed, "more", lambda path: path.write_text("one"))
+    rename, done = os.replace, []
+
+    def killed(source, target):
+        done.append(target)
+        if len(done) == moment:
+            raise KeyboardInterrupt
+        rename(source, target)
+
+    monkeypatch.setattr(os, "replace", killed)
+    with pytest.raises(KeyboardInterrupt):
+        put_into_sealed_folder(sealed, "more", lambda path: path.write_text("another"))
+    monkeypatch.undo()
+    assert not damaged_files(sealed, sealed_files(sealed))
+    put_into_sealed_folder(sealed, "more", lambda path: path.write_text("another"))
+    assert (sealed / "more").read_text() == "another" and list(sealed_files(sealed)) == folder_files(sealed)

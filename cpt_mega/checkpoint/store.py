@@ -6,6 +6,7 @@ from pathlib import Path
 from cpt_mega.engine.mesh import Mesh
 from cpt_mega.errors import CheckpointError
 from cpt_mega.hf.locate import CHECKPOINTS, iteration_folders
+from cpt_mega.hf.reference import PARITY_FILE, remake_command
 from cpt_mega.lineage import damaged_files, is_complete, sealed_files
 
 TRACKER = "latest_checkpointed_iteration.txt"
@@ -49,4 +50,6 @@ def checkpoint_problem(folder: Path, mesh: Mesh) -> str | None:
     mine = dict(sorted(files.items())[mesh.rank :: mesh.world])
     found = mesh.gather(damaged_files(folder, mine))
     damaged = mesh.share(sorted(name for part in found for name in part) if found else None)
+    if damaged == [PARITY_FILE]:
+        return f"damaged: {PARITY_FILE}, which {remake_command(folder)} makes again"
     return f"damaged: {', '.join(damaged)}" if damaged else None

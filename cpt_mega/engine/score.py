@@ -11,7 +11,7 @@ from torch import Tensor
 
 from cpt_mega.engine.batch import MicroBatch, Row
 from cpt_mega.engine.context import FILLING
-from cpt_mega.engine.step import Engine
+from cpt_mega.engine.step import Engine, PreparedBatch
 
 TOP = 5
 UNCOUNTED = -1  # the group of a target that none counts
@@ -111,12 +111,10 @@ def _visit_targets(engine: Engine, rows: Sequence[GroupedRow], add: Callable[[Te
     """Lets ``add`` see every target once: fp32 logits [n, padded_vocab / tp], labels [n] and groups [n] of some of them, on the
     last stage; all tensor-parallel ranks of it see the same ones, with their part of the vocabulary."""
     batch = engine.prepare(len(rows), rows.__getitem__)
-    done: set[int] = set()  # the last row may come again to fill a micro-batch or a round
+    groups_of = iter(groups_here(rows, batch))
 
     def consume(logits: Tensor, micro_batch: MicroBatch, places: list[int]) -> None:
-        owners = [rows[place].groups if place not in done | set(places[:i]) else None for i, place in enumerate(places)]
-        done.update(places)
-        groups = _here(owners, len(rows[0].groups), micro_batch)
+        groups = next(groups_of)  # stages take micro-batches in their order
         counted = torch.from_numpy(np.flatnonzero(groups != UNCOUNTED)).to(logits.device)
         local = logits.squeeze(0)[counted].float()  # of those that count alone: whole rows of logits in fp32 are large
         add(local, micro_batch.labels.squeeze(0)[counted], torch.from_numpy(groups).to(logits.device)[counted])
@@ -127,6 +125,17 @@ def _visit_targets(engine: Engine, rows: Sequence[GroupedRow], add: Callable[[Te
 def _speaks(engine: Engine) -> bool:
     """Whether what this tensor-parallel rank has found is taken: its peers have the same."""
     return engine.mesh.groups.tp.rank() == 0
+
+
+def groups_here(rows: Sequence[GroupedRow], batch: PreparedBatch) -> list[np.ndarray]:
+    """The groups of what this rank computes of each micro-batch, int64 [t]; each target of a row is in one of them alone."""
+    done: set[int] = set()  # the last row may come again to fill a micro-batch or a round
+    found = []
+    for micro_batch, places in zip(batch.micro_batches, batch.places, strict=True):
+        owners = [rows[place].groups if place not in done | set(places[:i]) else None for i, place in enumerate(places)]
+        done.update(places)
+        found.append(_here(owners, len(rows[0].groups), micro_batch))
+    return found
 
 
 def _here(owners: Sequence[np.ndarray | None], length: int, micro_batch: MicroBatch) -> np.ndarray:

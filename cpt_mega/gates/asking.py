@@ -12,6 +12,7 @@ import torch
 
 from cpt_mega.data.packing import RowPlan, plan_rows
 from cpt_mega.data.rows import PAD_ID
+from cpt_mega.engine.hidden import hidden_at_targets
 from cpt_mega.engine.score import UNCOUNTED, likeliest_of_targets, logprobs_at_targets, score_groups
 from cpt_mega.engine.step import Engine
 from cpt_mega.errors import InputError
@@ -80,6 +81,17 @@ def distributions(
         found = logprobs_at_targets(engine, rows, torch.from_numpy(ids[places]))
         logprobs[places], least[places] = found[0].numpy(), found[1].numpy()
     return logprobs, least
+
+
+def hidden_states(engine: Engine, requests: Sequence[Request], row_tokens: int, projection: np.ndarray) -> np.ndarray:
+    """Hidden states after each stage of the model, at every target of requests, as ``hidden_at_targets`` has them: float32
+    [layers + 2, targets, numbers], on every rank. A collective."""
+    first = _target_offsets(requests)
+    found = np.zeros((engine.shape.layers + 2, first[-1], projection.shape[1]), np.float32)
+    for asked, rows in _rounds(engine, requests, row_tokens, lambda: False, by_target=True):
+        places = _targets_of(asked, first)
+        found[:, places] = hidden_at_targets(engine, rows, len(places), torch.from_numpy(projection)).numpy()
+    return found
 
 
 def _target_offsets(requests: Sequence[Request]) -> np.ndarray:

@@ -118,7 +118,7 @@ def import_hf(hf_dir: str | Path, output: str | Path, progress: Progress | None 
             shape=source.shape,
             dtype=safetensors_io.dtype_name(source.dtype),
             tokenizer_digest=tokenizer_digest(folder / HF_FOLDER),
-            base_digest=_base_digest(source.files, digests),
+            base_digest=base_digest(source.files, digests),
             source=str(hf_dir),
         )
         write_model_info(folder, info)
@@ -147,8 +147,8 @@ def _write_checkpoint(
         torch_dist.write_blocks(folder, blocks, source.dtype, make, written)
 
 
-def _base_digest(files: Iterable[Path], digests: BackgroundDigests) -> str:
-    """One digest over names and contents of the safetensors files."""
+def base_digest(files: Iterable[Path], digests: BackgroundDigests) -> str:
+    """One digest over names and contents of the safetensors files, which were added to ``digests``."""
     return text_digest("".join(f"{file.name}\0{digests.measured(file)['sha256']}\0" for file in files))
 
 

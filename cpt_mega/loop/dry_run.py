@@ -6,7 +6,7 @@ from pathlib import Path
 
 from rich.table import Table
 
-from cpt_mega.checkpoint.restore import find_start, plan_restore
+from cpt_mega.checkpoint.restore import Start, find_start, plan_restore
 from cpt_mega.config import Config
 from cpt_mega.config.schedule import LearningRate
 from cpt_mega.config.schema import ParallelOptions
@@ -15,7 +15,9 @@ from cpt_mega.engine.plan import plan_ranks
 from cpt_mega.engine.platform import check_layout
 from cpt_mega.gates.suite import texts_of
 from cpt_mega.hf.model_info import ModelInfo
+from cpt_mega.hf.reference import read_reference
 from cpt_mega.loop.console import make_console, show_contract, sources_table
+from cpt_mega.loop.identity import has_moved, no_values_note
 from cpt_mega.loop.inputs import Inputs, expected_rows, mean_shares, open_inputs, open_stream
 from cpt_mega.loop.lease import holder
 
@@ -38,6 +40,8 @@ def print_plan(config: Config, world: int, command: str) -> None:
     show_contract(console, restore)
     restore.check()
     open_stream(config, inputs.sources, restore.state.stream if restore.state else {})
+    if not has_moved(start):
+        console.print(f" {_identity_note(start, inputs.info)}")
     console.print(_model_table(config, inputs, world))
     console.print(_ranks_table(config, inputs.info, world))
     if inputs.sources:
@@ -53,6 +57,13 @@ def print_plan(config: Config, world: int, command: str) -> None:
         console.print(f" {config.run.dir} is held by {owner}: a start is refused while that lives", style="yellow")
     console.print(" everything checked; nothing was started", style="bold green")
     console.print(f" next: {command}    # writes {config.run.dir}")
+
+
+def _identity_note(start: Start, info: ModelInfo) -> str:
+    reference = read_reference(start.folder, info)
+    if reference is None:
+        return no_values_note(start)
+    return f"identity: {len(reference.logprobs):,} log-probabilities are compared with those of transformers"
 
 
 def _model_table(config: Config, inputs: Inputs, world: int) -> Table:

@@ -13,7 +13,7 @@ import torch
 from rich.console import Console
 
 from cpt_mega.checkpoint.contract import ASKED, CLASSES
-from cpt_mega.checkpoint.restore import FULL, Restore, apply_restore, find_start, plan_restore
+from cpt_mega.checkpoint.restore import FULL, Restore, Start, apply_restore, find_start, plan_restore
 from cpt_mega.checkpoint.saving import weights_name
 from cpt_mega.checkpoint.store import iteration_name
 from cpt_mega.checkpoint.trainer_state import TrainerState
@@ -39,6 +39,7 @@ from cpt_mega.loop.evaluation import Evaluation
 from cpt_mega.loop.guarding import make_guard
 from cpt_mega.loop.hangs import HangWatch
 from cpt_mega.loop.housekeeping import Housekeeping, collected_together
+from cpt_mega.loop.identity import Identity, check_identity, has_moved, no_values_note, reference_values
 from cpt_mega.loop.inputs import Inputs, mean_shares, open_inputs, open_stream
 from cpt_mega.loop.profiling import Profiling
 from cpt_mega.loop.replay import data_entry
@@ -121,7 +122,7 @@ def _run_claimed(
 ) -> tuple[str, str]:
     console = make_console()
     _set_aside(config, mesh, console)
-    inputs, restore, engine = _restored(config, mesh, console, clock)
+    inputs, restore, engine, identity = _restored(config, mesh, console, clock)
     names = ModelNames.of(inputs.info.shape)
     state = _trainer_state(config, restore, inputs.lineage, asdict(mesh.layout), mesh)
     if restore.state is None:
@@ -137,6 +138,7 @@ def _run_claimed(
     if mesh.is_main:
         _introduce(console, config, inputs, restore, mesh, engine.fast_paths(), clock)
     _record_start(config, folder, inputs, restore, state, stream, {"lr_scale": guard.lr_scale, "exclude": left_out})
+    _tell_identity(folder, console, restore.start, identity)
 
     trainer = Trainer(config, engine, stream, state, guard, decide=_decider(mesh, folder, console))
     going_on = state.step if restore.same_run else None
@@ -164,8 +166,11 @@ def _run_claimed(
     return outcome
 
 
-def _restored(config: Config, mesh: Mesh, console: Console, clock: StartUp) -> tuple[Inputs, Restore, Engine]:
-    """The engine as the run begins or goes on with it. The contract is shown, and kept, before anything large is made."""
+def _restored(
+    config: Config, mesh: Mesh, console: Console, clock: StartUp
+) -> tuple[Inputs, Restore, Engine, Identity | None]:
+    """The engine as the run begins or goes on with it. The contract is shown, and kept, before anything large is made; an
+    import is compared with its reference values before anything has moved."""
     start = find_start(config, mesh)
     inputs = open_inputs(config, start)
     check_layout(config, inputs.info.shape, mesh.world)
@@ -173,13 +178,26 @@ def _restored(config: Config, mesh: Mesh, console: Console, clock: StartUp) -> t
     if mesh.is_main:
         show_contract(console, restore)
     restore.check()
+    reference = reference_values(mesh, restore.start, inputs.info)
     clock.mark("data")
     with explained(config):
         engine = Engine(config, inputs.info.shape, mesh)
     clock.mark("model")
     apply_restore(restore, engine)
     clock.mark("restore")
-    return inputs, restore, engine
+    identity = None
+    if reference is not None:
+        with explained(config, engine):
+            identity = check_identity(engine, restore.start, reference, config.train.seq_length)
+        clock.mark("identity")
+    return inputs, restore, engine, identity
+
+
+def _tell_identity(folder: RunFolder, console: Console, start: Start, identity: Identity | None) -> None:
+    if identity is not None:
+        folder.decide(identity.to_json())
+    if folder.writes and not has_moved(start):
+        console.print(f" {identity or no_values_note(start)}", style="dim")
 
 
 def _record_start(
