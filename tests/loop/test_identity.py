@@ -128,13 +128,28 @@ def test_bf16_has_its_own_limit(tmp_path, workers):
     assert "(limit 0.02 in bf16)" in found[1] and "differs is layer 1 (of 0 to 3)" in found[1]
 
 
-def test_a_difference_that_no_layer_has_alone_is_told_as_such():
-    """Below what rounding makes in bf16, the largest part is still named."""
+@pytest.mark.parametrize(
+    ("sizes", "words"),
+    [
+        (
+            [0.0, 0.01, 0.30, 0.31, 0.31],
+            "the first layer that differs is layer 1 (of 0 to 2): its output by 0.3 of its size",
+        ),
+        ([0.2, 0.30, 0.31, 0.32, 0.33], "the first layer that differs is the embedding: "),
+        ([0.0, 0.01, 0.07, 0.08, 0.08], "the output layer is left: "),  # or rounding: the largest part is named
+        (
+            [0.0, 0.06, 0.08, 0.11, 0.12],
+            "hidden states drift apart, to 0.11 of their size at layer 2 (of 0 to 2), most of it",
+        ),
+        ([0.0, 0.01, np.nan, np.nan, 0.1], "the first layer that differs is layer 1 (of 0 to 2): its output by nan"),
+    ],
+)
+def test_the_first_layer_that_stands_out_is_named(sizes, words):
     expected = np.ones((5, 7, 32), np.float32)
-    drifting = expected * np.array([1.0, 1.01, 1.07, 1.08, 1.08], np.float32)[:, None, None]
-    words = first_difference(drifting, expected, 0.1)
-    assert words.startswith("the output layer is left: ") and words.endswith("most of it from layer 1 (of 0 to 2)")
-    assert "differs is the embedding" in first_difference(np.full_like(expected, np.nan), expected, 0.1)
+    said = first_difference(expected * (1 + np.array(sizes, np.float32))[:, None, None], expected, 0.1)
+    assert said.startswith(words)
+    if "most of it" in said:
+        assert f"most of it from layer {1 if 'output' in words else 0} (of 0 to 2)" in said
 
 
 # ---------------------------------------------------------------------------------------------------------- in a run
