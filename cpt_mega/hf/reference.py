@@ -103,7 +103,8 @@ def write_reference(folder: str | Path, reference: Reference) -> Path:
         "projection": reference.projection,
         "hidden": reference.hidden,
     }
-    header = {"format": str(FORMAT), _HEADER: json.dumps(asdict(reference.header))}
+    # One entry: safetensors writes several in an order of its own each time, and the same values are to be the same bytes.
+    header = {_HEADER: json.dumps({"format": FORMAT, **asdict(reference.header)})}
     try:
         put_into_sealed_folder(folder, PARITY_FILE, lambda path: save_file(tensors, path, header))
     except (OSError, SafetensorError) as error:
@@ -141,10 +142,10 @@ def _unusable(path: Path, problem: str) -> CheckpointError:
 def _read(path: Path, info: ModelInfo) -> Reference:
     """Raises what the libraries do, and ValueError for what does not fit together."""
     with safe_open(path, framework="numpy") as file:
-        about = file.metadata() or {}
-        if about.get("format") != str(FORMAT):
-            raise ValueError(f"its format is {about.get('format')!r:.20}, this version reads {FORMAT}")
-        header = parse_json(about[_HEADER])
+        header = dict(parse_json((file.metadata() or {}).get(_HEADER, "{}")))
+        written = header.pop("format", None)
+        if written != FORMAT:
+            raise ValueError(f"its format is {written!r:.20}, this version reads {FORMAT}")
         tensors = {name: file.get_tensor(name) for name in ("tokens", "lengths", "logprobs", "projection", "hidden")}
     problem = type_problem(header, Header) or _problem(tensors, info)
     if problem is not None:
