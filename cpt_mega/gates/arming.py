@@ -1,7 +1,7 @@
 """From the rules of a suite to gates: which items each takes, what they can show, and which gate does not judge, and why."""
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from statistics import fmean
 
@@ -24,7 +24,7 @@ USUAL = {
     "safety": 0.03,
     "answers": 0.1,
 }  # thresholds; the last of the bits per byte
-MOST = 2.0  # times the usual threshold, up to which a gate that was given none goes with what its items can show
+MOST = 0.25  # a gate that was given no threshold goes with what its items can show, up to here
 
 
 @dataclass(frozen=True)
@@ -39,6 +39,12 @@ class Power:
     gate: ItemGate
     items: int
     smallest: float
+
+    def to_json(self) -> dict:
+        """Plain values; ``smallest`` is None where there is none, or where it cannot be known before."""
+        gate, smallest = self.gate, self.smallest if 0 < self.smallest < 1 else None
+        told = {"gate": gate.name, "probes": list(gate.probes), "items": self.items, "threshold": gate.threshold}
+        return told | {"smallest": smallest, "armed": not gate.disarmed and gate.threshold >= self.smallest}
 
 
 def planned_judge(config: Config, suite: Suite) -> Judge:
@@ -65,6 +71,17 @@ def powers(rules: RuleOptions, suite: Suite, looks: int, action: str = "stop") -
     found.append(("answers", rules.answers, _probes(suite, BITS_PER_BYTE, GUARDED)))
     asked = [(name, options, probes) for name, options, probes in found if options is not None and probes]
     return [_power(name, options, probes, rules.alpha / len(asked), looks, action) for name, options, probes in asked]
+
+
+def notes_on(judge: Judge) -> Iterator[str]:
+    """What a user should know of gates that see less than usual, or nothing."""
+    for gate in judge.item_gates:
+        where = f"rules.{gate.name} of the suite"
+        if gate.disarmed:
+            yield f"gate {gate.name} is not armed: {gate.disarmed} ({where})"
+        elif gate.threshold > USUAL[gate.name]:
+            drop, usual = (f"{100 * share:.3g}" for share in (gate.threshold, USUAL[gate.name]))
+            yield f"gate {gate.name} is for drops of {drop} points, {usual} are usual: more items show smaller ones ({where})"
 
 
 def armed(judge: Judge, noise: Mapping[str, float], sizes: Mapping[str, int]) -> Judge:
@@ -112,8 +129,8 @@ def _power(
     threshold, disarmed = options.threshold, ""
     if threshold is None:
         threshold = max(USUAL[name], smallest)
-        if threshold > MOST * USUAL[name]:
-            threshold, disarmed = USUAL[name], f"{items:,} items show no drop of {100 * USUAL[name]:g} points"
+        if threshold > MOST:
+            threshold, disarmed = USUAL[name], f"{items:,} items show no drop below {100 * MOST:g} points"
     names = tuple(probe.name for probe in probes)
     gate = ItemGate(name, names, binary, threshold, options.action or action, options.patience, disarmed=disarmed)
     return Power(gate, items, smallest)

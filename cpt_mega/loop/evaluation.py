@@ -12,7 +12,7 @@ from pathlib import Path
 from rich.console import Console
 
 from cpt_mega.checkpoint.trainer_state import Look, TrainerState
-from cpt_mega.gates.arming import armed, disagreement
+from cpt_mega.gates.arming import armed, disagreement, notes_on
 from cpt_mega.gates.asking import Interrupted
 from cpt_mega.gates.changes import bucket_changes
 from cpt_mega.gates.looks import look_due
@@ -166,12 +166,11 @@ class Evaluation(NullCallback):
         """From here on gates know how far step 0 agrees with itself; the ledger has all that verdicts depend on."""
         state, digests = trainer.state, self.suite.digests
         noise = {name: state.item_noise[digest] for name, digest in digests.items() if digest in state.item_noise}
-        before = self.judge.armed
+        said = set(notes_on(self.judge))
         self.judge = armed(self.judge, noise, {probe.name: len(probe.ids) for probe in self.suite.probes})
-        for gate in before:
-            now = next(one for one in self.judge.item_gates if one.name == gate.name)
-            if now.disarmed:
-                self.console.print(f" gate {now.name} is not armed: {now.disarmed}", style="yellow")
+        for note in notes_on(self.judge):
+            if note not in said:
+                self.console.print(f" {note}", style="yellow")
         buckets = {probe.name: probe.bucket for probe in self.suite.probes if probe.name in self.suite.of_buckets}
         line = {"kind": "gates", "step": state.step, **self.judge.to_json(), "perplexity_probes": buckets}
         self.folder.decide(line | {"digests": digests})

@@ -11,8 +11,11 @@ from pathlib import Path
 from cpt_mega.data.tokenizer import TextTokenizer
 from cpt_mega.engine.step import Engine
 from cpt_mega.errors import InputError
+from cpt_mega.gates.arming import Power, powers
 from cpt_mega.gates.requests import Likeliest
 from cpt_mega.gates.suite import Found, Suite, open_suite, take_look, take_references
+from cpt_mega.hf.config_reader import read_config
+from cpt_mega.hf.locate import locate_checkpoint
 from cpt_mega.hf.model_info import HF_FOLDER
 from cpt_mega.loop.scoring import Scorer, scorer
 
@@ -75,6 +78,20 @@ def measure_alone(
 
         found = take_look(engine, opened, references, advance=advance)
         return Measured(model, opened, found, left_out) if engine.mesh.is_main else None
+
+
+def suite_powers(model: str, suite: str, looks: int) -> list[Power]:
+    """What a suite's gates of items can show in so many looks. Reads the model's tokenizer, and not the model.
+
+    Raises InputError for a model or a suite that cannot be read.
+    """
+    folder = Path(model)
+    if not (folder / "config.json").is_file():
+        folder = locate_checkpoint(folder, "--model") / HF_FOLDER
+    sizes = read_config(folder)
+    tokenizer, longest = TextTokenizer.load(folder), sizes.get("max_position_embeddings") or 1 << 30
+    opened = open_suite(Path(suite), tokenizer, sizes["vocab_size"], longest)
+    return powers(opened.rules, opened, looks)
 
 
 def _references(opening: Scorer, base: str, suite: str) -> tuple[dict[str, Likeliest], dict[str, list]]:

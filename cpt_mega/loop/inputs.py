@@ -15,7 +15,7 @@ from cpt_mega.data.stream import STOP, MixedStream, Repetition
 from cpt_mega.data.stream_state import StreamState
 from cpt_mega.data.tokenizer import TextTokenizer
 from cpt_mega.errors import InputError
-from cpt_mega.gates.arming import planned_judge
+from cpt_mega.gates.arming import notes_on, planned_judge
 from cpt_mega.gates.looks import look_tokens
 from cpt_mega.gates.rules import Judge
 from cpt_mega.gates.suite import Suite, held_out_suite, open_suite
@@ -61,9 +61,7 @@ def open_inputs(config: Config, start: Start) -> Inputs:
 def _warnings(config: Config, sources: list[Source], suite: Suite, judge: Judge) -> Iterator[str]:
     """Choices that are allowed and that usually end badly."""
     yield from suite.notes
-    for gate in judge.item_gates:
-        if gate.disarmed:
-            yield f"gate {gate.name} is not armed: {gate.disarmed} (rules.{gate.name} of the suite)"
+    yield from notes_on(judge)
     if sources and all(source.role == "domain" for source in sources):
         yield "no replay source: what the model knew before gets no gradient; add one with role: replay (20 % is usual)"
     if config.gates.general_perplexity_limit is not None and "general" not in suite.perplexity_buckets:

@@ -6,7 +6,7 @@ import pytest
 
 from cpt_mega.config.load import build_config
 from cpt_mega.errors import InputError
-from cpt_mega.gates.arming import armed, disagreement, planned_judge, powers
+from cpt_mega.gates.arming import armed, disagreement, notes_on, planned_judge, powers
 from cpt_mega.gates.paired import gate_items, smallest_threshold
 from cpt_mega.gates.probes.probe import ItemScore
 from cpt_mega.gates.suite import Suite
@@ -60,9 +60,13 @@ def test_held_out_sets_alone_have_the_rule_of_perplexity():
 
 
 def test_a_gate_without_a_threshold_goes_with_what_its_items_show_or_does_not_judge():
-    found = gates_of(planned_judge(config(), suite(probe("a", "general", 1000), probe("c", "safety", 100))))
+    judge = planned_judge(config(), suite(probe("a", "general", 1000), probe("c", "safety", 60)))
+    found = gates_of(judge)
     assert 0.03 < found["general"].threshold < 0.06 and not found["general"].disarmed
-    assert found["safety"].disarmed == "100 items show no drop of 3 points"
+    assert found["safety"].disarmed == "60 items show no drop below 25 points"
+    notes = list(notes_on(judge))
+    assert "gate general is for drops of 4." in notes[0] and "3 are usual" in notes[0]
+    assert notes[1].startswith("gate safety is not armed: 60 items") and len(notes) == 2
 
 
 def test_a_threshold_below_what_the_items_show_is_refused_unless_accepted():

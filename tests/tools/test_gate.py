@@ -52,6 +52,21 @@ def test_a_suite_that_is_none_is_one_line(folder, tmp_path):
     assert "Traceback" not in done.stderr
 
 
+def test_what_a_suite_can_show_is_told_without_measuring(folder):
+    words = ("--model", folder / "hf", "--suite", folder / "suite.yaml", "--power")
+    done = run(*words, "--looks", "7", "--json")
+    told = json.loads(done.stdout)
+    assert done.returncode == 0 and told["looks"] == 7
+    by_name = {gate["gate"]: gate for gate in told["gates"]}
+    assert by_name.keys() == {"general", "answers"}
+    assert by_name["general"]["items"] == 7 + 9 + 8 and not by_name["general"]["armed"]
+    assert by_name["general"]["probes"] == ["choices", "letters", "lists"]
+    done = run(*words)
+    assert done.returncode == 0 and "not armed" in done.stdout and "in 20 looks" in done.stdout
+    done = run(*words, "--looks", "0")
+    assert done.returncode == 2 and "--looks" in done.stderr
+
+
 def test_a_model_without_a_tokenizer_is_refused(workers, jobsite, folder):
     words = {"checkpoint": jobsite.checkpoint, "suite": str(folder / "suite.yaml")}
     with pytest.raises(JobFailed, match="tokenizer"):
