@@ -15,13 +15,15 @@ from cpt_mega.checkpoint.trainer_state import Look, TrainerState
 from cpt_mega.gates.arming import armed, disagreement, notes_on
 from cpt_mega.gates.asking import Interrupted
 from cpt_mega.gates.changes import bucket_changes
+from cpt_mega.gates.diagnosis import lines_of, stage_reading
 from cpt_mega.gates.looks import look_due
 from cpt_mega.gates.requests import Likeliest
-from cpt_mega.gates.rules import Judge
+from cpt_mega.gates.rules import GAIN, PRICE, Judge
 from cpt_mega.gates.suite import Found, Suite, perplexity_by_bucket, take_look
-from cpt_mega.gates.verdict import NONE, LookScores, strongest
+from cpt_mega.gates.verdict import CONTINUE, HARD, NONE, WARN, LookScores, Verdict, strongest
 from cpt_mega.json_types import finite
 from cpt_mega.loop.callbacks import Control, NullCallback
+from cpt_mega.loop.diagnosing import evidence
 from cpt_mega.loop.references import references, run_of
 from cpt_mega.loop.reporters import Reporter
 from cpt_mega.loop.run_folder import RunFolder
@@ -138,7 +140,24 @@ class Evaluation(NullCallback):
         said = [verdict.to_json() for verdict in verdicts]
         place = {"step": state.step, "tokens": state.tokens, "items": self._items}
         trainer.decide({"kind": "verdict", **place, "perplexity": _plain(values), "action": action, "verdicts": said})
+        if action not in ("none", CONTINUE, WARN):
+            trainer.complete_what_was_begun()  # a save that ends is one to go back to, and lets older ones go
+        if self.folder.writes:
+            self._explain(trainer, found, verdicts)
         act(trainer, self.folder, action, "; ".join(one.reason for one in verdicts if one.action == action))
+
+    def _explain(self, trainer: Trainer, found: Sequence[Found], verdicts: Sequence[Verdict]) -> None:
+        """What to look at, where a gate finds harm; what the stage has done, where it ends."""
+        state = trainer.state
+        scores = state.gate_history[-1]["scores"]
+        if any(verdict.level == HARD and verdict.rule not in (GAIN, PRICE) for verdict in verdicts):
+            lines = lines_of(evidence(trainer, found, self.folder.path, self.origin), scores)
+        elif trainer.ends_here and self.suite.rules is not None:
+            lines = [f"what the look says: {stage_reading(scores)}"]
+        else:
+            lines = []
+        for line in lines:
+            self.console.print(f" {line}", style="yellow")
 
     def _earlier(self, state: TrainerState) -> list[Look]:
         """Looks before this one; one at the same step was of the same weights."""

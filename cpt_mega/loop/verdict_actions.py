@@ -17,7 +17,10 @@ DECAY_SHARE = 0.1  # of the run, in which an annealed one ends where nothing els
 
 
 def act(trainer: Trainer, folder: RunFolder, action: str, reason: str) -> None:
-    """Does what the strongest verdict asks for. Raises RollBack, on all ranks, for the run to go on from a checkpoint."""
+    """Does what the strongest verdict asks for, once saves that were begun are complete.
+
+    Raises RollBack, on all ranks, for the run to go on from a checkpoint.
+    """
     if action in (CONTINUE, WARN):
         return
     if not trainer.config.train.tokens or action == STOP:  # nothing is trained: there is nothing to go back to
@@ -49,7 +52,6 @@ def _stop(trainer: Trainer, reason: str) -> None:
 
 def _roll_back(trainer: Trainer, folder: RunFolder, reason: str) -> None:
     options, state, steering = trainer.config.gates, trainer.state, Steering.from_json(trainer.state.steering)
-    trainer.complete_what_was_begun()  # first, since a save that ends lets older ones go
     healthy = {look["step"] for look in state.gate_history if look["action"] == CONTINUE}
     steps = [step for step in complete_steps(folder.path) if step in healthy and step < state.step]
     target = trainer.engine.mesh.share(max(steps, default=None))
