@@ -222,6 +222,10 @@ class GateOptions(Section):
         le=1,
         description="share of the run's computing that looks with gates.suite may take, by asking fewer items; null: any",
     )
+    max_overlap: Share | None = Field(
+        0.05,
+        description="share of a probe's items found in data.sources above which a run is refused; null: not looked for",
+    )
 
 
 class AnomalyOptions(Section):

@@ -13,7 +13,7 @@ import hashlib
 import os
 import struct
 import weakref
-from bisect import bisect_right
+from bisect import bisect_left, bisect_right
 from collections.abc import Iterator
 from functools import cached_property
 from pathlib import Path
@@ -207,6 +207,11 @@ class _Shard:
             return np.full(len(sequences), self.tokens, np.int64)
         starts = self._offsets[np.where(behind, 0, sequences)] // self.dtype.itemsize
         return np.where(behind, self.tokens, starts)
+
+    def starts_among(self, first: int, last: int) -> np.ndarray:
+        """The tokens from ``first`` to before ``last`` that a document begins with, by their places, int64, ascending."""
+        low, high = (bisect_left(range(self.documents + 1), place, key=self.start) for place in (first, last))
+        return self.starts(low, high - 1)
 
     def _open_mask(self, path: Path) -> "_Stored | None":
         if not path.is_file():

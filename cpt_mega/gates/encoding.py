@@ -8,6 +8,8 @@ from cpt_mega.data.tokenizer import TextTokenizer
 from cpt_mega.errors import InputError
 from cpt_mega.gates.requests import Request
 
+_BEFORE = ("", " ", "\n")  # what a text stands behind in a document; its first token is another one then
+
 
 class Encoder:
     """A tokenizer's habits: BOS where it adds one, special tokens only where it puts them.
@@ -39,6 +41,14 @@ class Encoder:
     def documents(self, texts: Sequence[str]) -> list[list[int]]:
         """Token ids of documents as a corpus stores them."""
         return [self.tokenizer.document_ids(ids) for ids in self.tokenizer.encode_batch(texts)]
+
+    def forms(self, texts: Sequence[str]) -> list[tuple[np.ndarray, ...]]:
+        """Token ids of each text as it occurs within documents, int64 [n], those that differ; the first is that at a start."""
+        found: list[dict[tuple[int, ...], None]] = [{} for _ in texts]
+        for before, alone in zip(_BEFORE, self.tokenizer.encode_batch(_BEFORE), strict=True):
+            for own, ids in zip(found, self.tokenizer.encode_batch([before + text for text in texts]), strict=True):
+                own[tuple(ids[len(alone) :] if ids[: len(alone)] == alone else ids)] = None
+        return [tuple(np.array(ids, np.int64) for ids in own) for own in found]
 
     def _request(self, before: list[int], whole: list[int]) -> Request:
         same = next((i for i, (a, b) in enumerate(zip(before, whole, strict=False)) if a != b), len(before))

@@ -284,7 +284,7 @@ class _Maker:
 
     def _lists(self, name: str, options: ListOptions) -> Choice:
         items = first_items(list_items(options.count, options.shots, options.longest, options.seed), options.max_items)
-        return Choice(name, options.bucket, items, self.encoder, "continuation", "acc")
+        return Choice(name, options.bucket, items, self.encoder, "continuation", "acc", are_generated=True)
 
     def _boundaries(self, name: str, options: BoundaryOptions) -> Boundaries:
         items = first_items(files.read_pairs(Path(options.items)), options.max_items)

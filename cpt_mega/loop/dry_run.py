@@ -20,6 +20,7 @@ from cpt_mega.loop.console import make_console, show_contract, sources_table
 from cpt_mega.loop.identity import has_moved, no_values_note
 from cpt_mega.loop.inputs import Inputs, expected_rows, mean_shares, open_inputs, open_stream
 from cpt_mega.loop.lease import holder
+from cpt_mega.loop.overlap import search_overlap
 
 
 def print_plan(config: Config, world: int, command: str) -> None:
@@ -46,6 +47,7 @@ def print_plan(config: Config, world: int, command: str) -> None:
     console.print(_ranks_table(config, inputs.info, world))
     if inputs.sources:
         console.print(sources_table(inputs.sources, mean_shares(config, inputs.sources)))
+    search_overlap(config, inputs, Path(config.run.dir), console)
     for note in inputs.warnings:
         console.print(f" {note}", style="yellow")
     for probe in inputs.suite.probes:

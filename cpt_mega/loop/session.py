@@ -6,7 +6,7 @@ import shutil
 import socket
 from collections.abc import Callable, Sequence
 from contextlib import closing
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
@@ -41,6 +41,7 @@ from cpt_mega.loop.hangs import HangWatch
 from cpt_mega.loop.housekeeping import Housekeeping, collected_together
 from cpt_mega.loop.identity import Identity, check_identity, has_moved, no_values_note, reference_values
 from cpt_mega.loop.inputs import Inputs, mean_shares, open_inputs, open_stream
+from cpt_mega.loop.overlap import check_overlap
 from cpt_mega.loop.profiling import Profiling
 from cpt_mega.loop.replay import data_entry
 from cpt_mega.loop.reporters import Reporter, open_reporters
@@ -122,7 +123,8 @@ def _run_claimed(
 ) -> tuple[str, str]:
     console = make_console()
     _set_aside(config, mesh, console)
-    inputs, restore, engine, identity = _restored(config, mesh, console, clock)
+    restored = _restored(config, mesh, folder, request, console, clock)
+    inputs, restore, engine = restored.inputs, restored.restore, restored.engine
     names = ModelNames.of(inputs.info.shape)
     state = _trainer_state(config, restore, inputs.lineage, asdict(mesh.layout), mesh)
     if restore.state is None:
@@ -138,7 +140,9 @@ def _run_claimed(
     if mesh.is_main:
         _introduce(console, config, inputs, restore, mesh, engine.fast_paths(), clock)
     _record_start(config, folder, inputs, restore, state, stream, {"lr_scale": guard.lr_scale, "exclude": left_out})
-    _tell_identity(folder, console, restore.start, identity)
+    if restored.overlap is not None:
+        folder.decide({"step": state.step, **restored.overlap})
+    _tell_identity(folder, console, restore.start, restored.identity)
 
     trainer = Trainer(config, engine, stream, state, guard, decide=_decider(mesh, folder, console))
     going_on = state.step if restore.same_run else None
@@ -166,11 +170,23 @@ def _run_claimed(
     return outcome
 
 
+@dataclass(frozen=True)
+class _Restored:
+    """The engine as the run begins or goes on with it; ``overlap``: the ledger's line of what of the evaluations is in the data,
+    ``identity``: how far an import is from ``transformers``. None where that was not looked at."""
+
+    inputs: Inputs
+    restore: Restore
+    engine: Engine
+    overlap: dict | None
+    identity: Identity | None
+
+
 def _restored(
-    config: Config, mesh: Mesh, console: Console, clock: StartUp
-) -> tuple[Inputs, Restore, Engine, Identity | None]:
-    """The engine as the run begins or goes on with it. The contract is shown, and kept, before anything large is made; an
-    import is compared with its reference values before anything has moved."""
+    config: Config, mesh: Mesh, folder: RunFolder, request: StopRequest, console: Console, clock: StartUp
+) -> _Restored:
+    """The contract is shown, and kept, before anything large is made; an import is compared with its reference values before
+    anything has moved."""
     start = find_start(config, mesh)
     inputs = open_inputs(config, start)
     check_layout(config, inputs.info.shape, mesh.world)
@@ -180,6 +196,8 @@ def _restored(
     restore.check()
     reference = reference_values(mesh, restore.start, inputs.info)
     clock.mark("data")
+    overlap = check_overlap(config, inputs, mesh, folder.path, console, lambda: request.name is not None)
+    clock.mark("overlap")
     with explained(config):
         engine = Engine(config, inputs.info.shape, mesh)
     clock.mark("model")
@@ -190,7 +208,7 @@ def _restored(
         with explained(config, engine):
             identity = check_identity(engine, restore.start, reference, config.train.seq_length)
         clock.mark("identity")
-    return inputs, restore, engine, identity
+    return _Restored(inputs, restore, engine, overlap, identity)
 
 
 def _tell_identity(folder: RunFolder, console: Console, start: Start, identity: Identity | None) -> None:

@@ -6,7 +6,7 @@ from statistics import fmean
 
 from cpt_mega.gates.encoding import Encoder
 from cpt_mega.gates.items import AnswerItem
-from cpt_mega.gates.probes.probe import BITS_PER_BYTE, ItemScore, Reading
+from cpt_mega.gates.probes.probe import BITS_PER_BYTE, Content, ItemScore, Reading
 from cpt_mega.gates.requests import Likelihood
 
 
@@ -24,11 +24,16 @@ class Answers:
         shown: Sequence[AnswerItem] = (),
     ):
         self.name, self.bucket = name, bucket
-        self._items = list(items)
+        self._items, self._encoder = list(items), encoder
         self.ids = [item.id for item in self._items]
         before = "".join(f"{_prompt(item)} {item.answer}\n\n" for item in shown)
         self._pairs = [(before + _prompt(item), f" {item.answer}") for item in self._items]
         self.requests = encoder.continued(self._pairs)
+
+    def contents(self) -> list[Content]:
+        """See Probe: the question and its answer."""
+        forms = self._encoder.forms([f"{item.question.strip()} {item.answer.strip()}" for item in self._items])
+        return [Content(item.id, own) for item, own in zip(self._items, forms, strict=True)]
 
     def identity(self) -> object:
         """See Probe."""

@@ -34,6 +34,9 @@ class Boundaries:
             for request in (second, _behind(ids, second, apart=True), _behind(ids, second, apart=False))
         ]
 
+    def contents(self) -> None:
+        """See Probe: a leak shows whether a document was seen before or not."""
+
     def identity(self) -> object:
         """See Probe."""
         items = [[item.id, item.first, item.second, item.target] for item in self._items]

@@ -13,7 +13,7 @@ from typing import Literal
 
 from cpt_mega.gates.encoding import Encoder
 from cpt_mega.gates.items import LETTERS, ChoiceItem
-from cpt_mega.gates.probes.probe import RIGHT_OR_WRONG, ItemScore, Reading
+from cpt_mega.gates.probes.probe import RIGHT_OR_WRONG, Content, ItemScore, Reading
 from cpt_mega.gates.requests import Likelihood
 
 Style = Literal["cloze", "letters", "continuation", "reply"]
@@ -21,7 +21,8 @@ _ASSISTANT = "Assistant:"  # where a text names it, it has the user's words befo
 
 
 class Choice:
-    """Items with a right choice; ``shown`` are put before each, with their answers, and not scored."""
+    """Items with a right choice; ``shown`` are put before each, with their answers, and not scored. Items that are generated
+    have nothing that could be learnt by heart."""
 
     scale = RIGHT_OR_WRONG
 
@@ -34,15 +35,24 @@ class Choice:
         style: Style = "cloze",
         metric: str = "acc",
         shown: Sequence[ChoiceItem] = (),
+        are_generated: bool = False,
     ):
         self.name, self.bucket, self.metric = name, bucket, metric
-        self._items, self._style = list(items), style
+        self._items, self._style, self._encoder, self._are_generated = list(items), style, encoder, are_generated
         self.ids = [item.id for item in self._items]
         before = "".join(f"{_prompt(item, style)}{_endings(item, style)[item.answer]}\n\n" for item in shown)
         self._pairs = [
             (before + _prompt(item, style), ending) for item in self._items for ending in _endings(item, style)
         ]
         self.requests = encoder.continued(self._pairs)
+
+    def contents(self) -> list[Content] | None:
+        """See Probe: the question and its right answer."""
+        if self._are_generated:
+            return None
+        texts = [f"{item.question.strip()} {item.choices[item.answer].strip()}" for item in self._items]
+        forms = self._encoder.forms(texts)
+        return [Content(item.id, own) for item, own in zip(self._items, forms, strict=True)]
 
     def identity(self) -> object:
         """See Probe."""

@@ -70,6 +70,9 @@ class Harness:
         self.scale = RIGHT_OR_WRONG if self.metric in _RIGHT_OR_WRONG else OTHER
         self.ids = [item.id for item in self._items]
 
+    def contents(self) -> None:
+        """See Probe: what is the item's own in a prompt is known to the task alone."""
+
     def identity(self) -> object:
         """See Probe."""
         config = {key: value for key, value in self._task.dump_config().items() if key not in _PLACES}

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from cpt_mega.gates.probes.probe import OTHER, ItemScore, Reading
+from cpt_mega.gates.probes.probe import OTHER, Content, ItemScore, Reading
 from cpt_mega.gates.requests import Likelihood, Request
 
 
@@ -44,6 +44,10 @@ class Perplexity:
         windows = [list(_windows(document, window)) for document in self._documents]
         self._counts = [len(requests) for requests in windows]
         self.requests = [request for requests in windows for request in requests]
+
+    def contents(self) -> list[Content]:
+        """See Probe: the document as a corpus stores it."""
+        return [Content(document.id, (document.tokens,)) for document in self._documents]
 
     def identity(self) -> object:
         """See Probe."""

@@ -4,6 +4,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
+import numpy as np
+
 from cpt_mega.gates.requests import Likelihood, Request
 
 RIGHT_OR_WRONG, BITS_PER_BYTE, OTHER = "right_or_wrong", "bits_per_byte", "other"
@@ -33,6 +35,19 @@ class Reading:
     n: int
 
 
+@dataclass(frozen=True)
+class Content:
+    """What of an item could be learnt by heart, without anything that stands around it.
+
+    Attributes:
+        id: the item's.
+        forms: its tokens as a corpus may hold them, int64 [n] each: the first ones depend on what is before the text.
+    """
+
+    id: str
+    forms: tuple[np.ndarray, ...]
+
+
 class Probe(Protocol):
     """One kind of measurement over fixed items.
 
@@ -48,6 +63,9 @@ class Probe(Protocol):
     scale: str
     ids: Sequence[str]
     requests: Sequence[Request]
+
+    def contents(self) -> list[Content] | None:
+        """Of each item; None for a probe whose items tell nothing when they were trained on."""
 
     def identity(self) -> object:
         """Plain values that name everything but the model that a score depends on."""
