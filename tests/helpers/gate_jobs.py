@@ -1,14 +1,19 @@
 """What worker processes do for tests of the gates; arguments and results are JSON."""
 
 from dataclasses import asdict
+from unittest.mock import patch
 
 import numpy as np
 
+from cpt_mega.config import load_config
 from cpt_mega.gates.asking import Interrupted, distributions, likeliest_tokens, score_requests
 from cpt_mega.gates.probes.drift import divergence
 from cpt_mega.gates.requests import Request
+from cpt_mega.loop import overlap
 from cpt_mega.loop.gate_alone import measure_alone
 from cpt_mega.loop.scoring import scorer, scoring_engine
+from cpt_mega.loop.session import run_session
+from cpt_mega.loop.signals import StopRequest
 
 
 def answers(
@@ -48,6 +53,14 @@ def divergences(checkpoint: str, base: str, texts: list[list[int]], count: int, 
         engine, _ = opening.engine(checkpoint)
         found = divergence(kept, *distributions(engine, requests, 64, kept.ids))
     return {name: values.tolist() for name, values in vars(found).items()}
+
+
+def train_with_many_beats(config: str, overrides: list[str], signalled: str | None) -> list[str]:
+    """A run whose main process tells the others at every part of a corpus that it lives; a signal came before, if any."""
+    request = StopRequest()
+    request.name = signalled
+    with patch.object(overlap, "_BEAT_S", -1.0), patch.object(overlap, "_SAY_S", -1.0):
+        return list(run_session(load_config(config, overrides), "the same command", request))
 
 
 def _request(tokens: list[int], first: int, lengths: list[int], counts: list[bool] | None) -> Request:
