@@ -103,6 +103,17 @@ def take_bytes(documents: Iterable[str], limit_bytes: int) -> list[str]:
     return sorted(taken, key=lambda text: hashlib.sha256(text.encode()).digest())
 
 
+def without_runs_of(texts: Iterable[str], held_out: Iterable[str], words: int = 8) -> list[str]:
+    """Those that share no run of so many words with what is held out: docstrings and licences are copied from file to file."""
+    known = {run for text in held_out for run in _runs(text, words)}
+    return [text for text in texts if known.isdisjoint(_runs(text, words))]
+
+
+def _runs(text: str, words: int) -> Iterator[tuple[str, ...]]:
+    parts = text.split()
+    return zip(*(parts[start:] for start in range(words)), strict=False)
+
+
 def _python_files(root: Path) -> list[Path]:
     """Files below a folder in a scattered but fixed order, so that a prefix of them is a fair sample."""
     found = (path for path in root.rglob("*.py") if not _LEFT_OUT & set(path.relative_to(root).parts[:-1]))

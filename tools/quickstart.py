@@ -252,8 +252,8 @@ def _steps_from_base(kinds: _Steps) -> list[Step]:
 
 
 def make_texts(folder: Path) -> None:
-    """``data/{domain,replay}.jsonl`` and ``data/{domain,general}.heldout.jsonl``; no document is in two of them."""
-    from machine_text import docstring_prose, python_sources, take_bytes
+    """``data/{domain,replay}.jsonl`` and ``data/{domain,general}.heldout.jsonl``; the former repeat nothing of the latter."""
+    from machine_text import docstring_prose, python_sources, take_bytes, without_runs_of
 
     data = folder / "data"
     data.mkdir(parents=True, exist_ok=True)
@@ -263,7 +263,8 @@ def make_texts(folder: Path) -> None:
         while size < HELDOUT_BYTES:
             size += len(texts[count].encode())
             count += 1
-        for path, part in ((data / f"{held}.heldout.jsonl", texts[:count]), (data / f"{name}.jsonl", texts[count:])):
+        rest = without_runs_of(texts[count:], texts[:count])
+        for path, part in ((data / f"{held}.heldout.jsonl", texts[:count]), (data / f"{name}.jsonl", rest)):
             path.write_text("".join(json.dumps({"text": text}) + "\n" for text in part))
             print(f"  {path.name:24} {len(part):6,} documents {sum(map(len, part)):12,} characters")
 

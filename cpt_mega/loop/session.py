@@ -172,8 +172,11 @@ def _run_claimed(
 
 @dataclass(frozen=True)
 class _Restored:
-    """The engine as the run begins or goes on with it; ``overlap``: the ledger's line of what of the evaluations is in the data,
-    ``identity``: how far an import is from ``transformers``. None where that was not looked at."""
+    """The engine as the run begins or goes on with it.
+
+    ``overlap`` is the ledger's line of what of the evaluations is in the data, ``identity`` how far an import is from
+    ``transformers``; None where that was not looked at.
+    """
 
     inputs: Inputs
     restore: Restore

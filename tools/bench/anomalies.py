@@ -37,7 +37,7 @@ train: {{tokens: {tokens}, seq_length: 64, global_batch_size: {rows}, micro_batc
 optimizer: {{lr: 3.0e-3}}
 data: {{sources: [{{name: code, path: {folder}/code, role: domain}}]}}
 eval: {{max_tokens: 4096, sets: [{{path: {folder}/heldout, bucket: domain}}]}}
-gates: {{general_perplexity_limit: null}}
+gates: {{general_perplexity_limit: null, max_overlap: null}}  # 13 tokens are 13 bytes here
 anomaly: {{action: log}}
 logging: {{interval_steps: 100, tensorboard: false}}
 """

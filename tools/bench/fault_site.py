@@ -30,7 +30,7 @@ eval:
   interval_tokens: 1_500
   max_tokens: 2_000
   sets: [{{path: {folder}/heldout, bucket: general}}]
-gates: {{general_perplexity_limit: null}}
+gates: {{general_perplexity_limit: null, max_overlap: null}}  # docstrings repeat each other, and nothing is judged
 checkpoint: {{interval_tokens: 2_500}}
 logging: {{interval_steps: 1, tensorboard: false}}
 """
