@@ -31,6 +31,7 @@ def test_every_option_has_a_class_and_every_class_an_option():
         ("data.exclude.web", EFFECT),
         ("eval.sets", ASKED),
         ("eval.interval_tokens", EFFECT),
+        ("gates.max_overlap", EFFECT),
         ("parallel.tp", HARMLESS),
         ("core.overlap_grad_reduce", HARMLESS),
         ("core.decoupled_lr", ASKED),
