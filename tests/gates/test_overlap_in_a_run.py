@@ -42,6 +42,7 @@ def site(jobsite, tmp_path_factory):
         f"model.checkpoint={folder / 'import'}",
         f"data.sources=[{sources}]",
         f"gates.suite={folder / 'suite.yaml'}",
+        "gates.look_share=null",
         "train.tokens=300",
         "schedule.warmup_tokens=0",
     ]
