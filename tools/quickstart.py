@@ -36,7 +36,7 @@ PRETRAIN = """\
 run: {{dir: {dir}/pretrain}}
 model: {{checkpoint: {dir}/work/random}}
 precision: fp32
-train: {{tokens: 1_100_000, seq_length: {seq}, global_batch_size: 8, micro_batch_size: 4}}
+train: {{tokens: 800_000, seq_length: {seq}, global_batch_size: 8, micro_batch_size: 4}}
 optimizer: {{lr: 3.0e-3, weight_decay: 0.01}}
 schedule: {{kind: constant, warmup_tokens: 40_000}}
 data:

@@ -109,6 +109,7 @@ def test_held_out_corpora_are_judged_too_and_changed_ones_again(workers, jobsite
     assert _command(workers, jobsite, 1, *words, *later)[0][0] == 0 and len(_known(run)) == 2
 
 
+@pytest.mark.full
 def test_it_may_be_left_out_and_nothing_is_judged_where_nothing_is_trained(workers, jobsite, site, tmp_path):
     _, words = site
     for number, more in enumerate((["gates.max_overlap=null"], ["train.tokens=0"])):
