@@ -8,6 +8,7 @@ from cpt_mega.config.schema import Config
 
 # In-context learning can collapse within the first hundreds of steps (arXiv 2506.00288), long before the first interval ends.
 EARLIEST_SHARE = 0.005
+MANY = 10_000  # looks, that are counted one by one
 GROWTH = math.sqrt(2)  # of the tokens from one look to the next, where no interval is asked for
 
 
@@ -57,12 +58,16 @@ def look_due(config: Config, before: int, after: int) -> bool:
 
 
 def planned_looks(config: Config) -> int:
-    """How many looks a run makes at most, the last one included; that of step 0 decides nothing."""
-    tokens, points = config.train.tokens, {config.train.tokens}
-    for interval in (config.eval.interval_tokens, config.checkpoint.interval_tokens):
-        points |= set(range(interval, tokens, interval) if interval else ())
-    start = LearningRate.from_config(config).decay_start
-    return len(points | set(early_looks(config)) | (set() if start is None else {start}))
+    """How many looks a run makes at most, the last one included; that of step 0 decides nothing.
+
+    Exact where that is cheap; an interval of a few tokens may mean more looks than there are steps.
+    """
+    tokens, start = config.train.tokens, LearningRate.from_config(config).decay_start
+    intervals = [each for each in (config.eval.interval_tokens, config.checkpoint.interval_tokens) if each is not None]
+    points = {tokens, *early_looks(config), *(() if start is None else (start,))}
+    if sum(tokens // interval for interval in intervals) > MANY:
+        return len(points) + sum(tokens // interval for interval in intervals)
+    return len(points.union(*(range(interval, tokens, interval) for interval in intervals)))
 
 
 def look_tokens(config: Config) -> float:
