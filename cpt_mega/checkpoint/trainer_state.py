@@ -48,6 +48,7 @@ class TrainerState:
         step, tokens: optimizer steps done and tokens consumed.
         stream: the data state, as ``StreamState.to_json`` gives it.
         baseline: step-0 readings of the gates, ``{bucket: perplexity}``.
+        baseline_tokens: tokens of the run at which the reading of a bucket was taken; those that are not in it at step 0.
         item_baseline: step-0 score of each item, ``{digest of its probe: {id: score}}``.
         item_noise: by how much step 0 disagreed with itself when its items were scored twice, ``{digest of the probe: share}``.
         source_losses: training losses by source since the last decision on weights: ``{name: [sum, steps]}``.
@@ -70,6 +71,7 @@ class TrainerState:
     tokens: Count = 0
     stream: dict = field(default_factory=dict)
     baseline: dict[str, float] = field(default_factory=dict)
+    baseline_tokens: dict[str, Count] = field(default_factory=dict)
     item_baseline: dict[str, dict[str, float]] = field(default_factory=dict)
     item_noise: dict[str, float] = field(default_factory=dict)
     source_losses: dict[str, list[float]] = field(default_factory=dict)

@@ -6,13 +6,14 @@ closed form, so that an order drawn by it is the same however the run is cut int
 
 import math
 from bisect import bisect_right
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 
 from cpt_mega.errors import InputError
 
 FIELD = "data.curriculum"
+MOST_RAISED = 0.9  # of the tokens, for what is raised
 MOST_WEIGHT = 1e100  # far from where sums would overflow
 
 
@@ -102,6 +103,14 @@ class Mixture:
         start = [(0, filled[0][1])] if tokens > 0 else []
         return Mixture(self.names[:source] + self.names[source + 1 :], tuple(start + filled))
 
+    def raised(self, names: Collection[str], share: float) -> "Mixture":
+        """With so much more for some sources together at each point, 90 % at most; the others give way in proportion.
+
+        Points at which these sources have nothing, or all, stay as they are.
+        """
+        within = [name in names for name in self.names]
+        return Mixture(self.names, tuple((tokens, _raised(shares, within, share)) for tokens, shares in self.points))
+
     def to_json(self) -> list:
         """Plain values; ``from_json`` gives the same mixture back."""
         return [[tokens, dict(zip(self.names, shares, strict=True))] for tokens, shares in self.points]
@@ -150,3 +159,12 @@ def _check(tokens: int, weights: Mapping[str, float], names: Sequence[str], fiel
 def _normalised(weights: Sequence[float]) -> tuple[float, ...]:
     total = sum(weights)
     return tuple(weight / total for weight in weights)
+
+
+def _raised(shares: Sequence[float], within: Sequence[bool], more: float) -> tuple[float, ...]:
+    now = math.fsum(share for share, inside in zip(shares, within, strict=True) if inside)
+    wanted = max(now, min(MOST_RAISED, now + more))
+    if not 0 < now < 1 or wanted == now:
+        return tuple(shares)
+    up, down = wanted / now, (1 - wanted) / (1 - now)
+    return _normalised([share * (up if inside else down) for share, inside in zip(shares, within, strict=True)])

@@ -111,8 +111,9 @@ class MixedStream:
         return dict(zip(mixture.names, mixture.shares(self._total), strict=True))
 
     def asked_shares(self, tokens: int) -> dict[str, float]:
-        """What share of the tokens the configuration asks for at a place of the run, of sources that have not been read out."""
-        mixture = self._state.configured
+        """What share of the tokens the configuration, and what replay was raised by, ask for at a place of the run, of sources
+        that have not been read out."""
+        mixture = self._asked()
         shares = dict(zip(mixture.names, mixture.shares(tokens), strict=True))
         left = {name: share for name, share in shares.items() if share and name not in self._state.dropped}
         return {name: share / sum(left.values()) for name, share in left.items()}
@@ -193,6 +194,22 @@ class MixedStream:
         left = {name: weight for name, weight in weights.items() if weight != 0 and name not in self._state.dropped}
         self._state.enter(Mixture.fixed(left, "weights"), self.seq_length)
         self._begin()
+
+    def raise_replay(self, share: float) -> None:
+        """Lets replay sources together have so much more of the tokens than is configured, at each point of a curriculum, from
+        the next row on; not on top of an earlier raise. A configuration that asks for another mixture takes its place."""
+        self._state.raised = share
+        mixture: Mixture | None = self._asked()
+        for name in self._state.dropped:
+            if mixture is not None and name in mixture.names:
+                mixture = mixture.without(mixture.names.index(name), self._total)
+        if mixture is not None:  # or nothing that is asked for is left
+            self._state.enter(mixture, self.seq_length)
+        self._begin()
+
+    def _asked(self) -> Mixture:
+        replay = {source.name for source in self.sources if source.role == "replay"}
+        return self._state.configured.raised(replay, self._state.raised)
 
     def exclude(self, rows: Mapping[str, Iterable[int]]) -> None:
         """Steps past rows from here on, by their number in the plan of a source; no other row moves.

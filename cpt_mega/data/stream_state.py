@@ -51,6 +51,7 @@ class StreamState:
         since: tokens of the run, of all sources, when it took effect.
         excluded: rows of each source that are stepped past, ascending.
         dropped: sources that were in the mixture and have given all they may.
+        raised: share of the tokens that replay sources have together beyond what is configured.
     """
 
     sources: dict[str, SourceState] = field(default_factory=dict)
@@ -59,6 +60,7 @@ class StreamState:
     since: int = 0
     excluded: dict[str, list[int]] = field(default_factory=dict)
     dropped: list[str] = field(default_factory=list)
+    raised: float = 0.0
 
     @property
     def tokens(self) -> int:
@@ -77,7 +79,7 @@ class StreamState:
         for name in configured.names:
             state.sources.setdefault(name, SourceState())
         state.enter(configured, row_tokens)
-        state.configured, state.dropped = configured, []
+        state.configured, state.dropped, state.raised = configured, [], 0.0
         return state
 
     def enter(self, mixture: Mixture, row_tokens: int) -> None:
@@ -100,6 +102,7 @@ class StreamState:
             "since": self.since,
             "excluded": {name: list(rows) for name, rows in self.excluded.items()},
             "dropped": list(self.dropped),
+            "raised": self.raised,
         }
 
     @classmethod
@@ -115,6 +118,7 @@ class StreamState:
                     for name, rows in value["excluded"].items()
                 },
                 dropped=list(map(str, value["dropped"])),
+                raised=_share(value.get("raised", 0.0)),
             )
         except (KeyError, TypeError, ValueError, AttributeError, IndexError, OverflowError) as error:
             fix = f"not a saved data state ({error!r}); restore from another checkpoint"
@@ -126,6 +130,12 @@ def _source(counts: dict) -> SourceState:
     if type_problem(owed, Annotated[float, Range(-(2**53), 2**53)]):
         raise ValueError(f"owed is {owed!r}")
     return SourceState(**_counts({name: count for name, count in counts.items() if name != "owed"}), owed=float(owed))
+
+
+def _share(value: float) -> float:
+    if type_problem(value, Annotated[float, Range(0, 1)]):
+        raise ValueError(f"raised is {value!r}")
+    return float(value)
 
 
 def _counts(counts: dict) -> dict:

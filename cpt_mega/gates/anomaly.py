@@ -232,6 +232,12 @@ def rolled_back(
     return replace(state, **taken, lr_scale=min(state.lr_scale, lr_scale), alarms=[], flagged={})
 
 
+def taken_back(state: AnomalyState, number: int, lr_scale: float, calm_step: int | None) -> AnomalyState:
+    """A checkpoint's own state as it is after a rollback that was not the guard's: what the guard had lowered stays so."""
+    kept = {"lr_scale": min(state.lr_scale, lr_scale), "calm_step": calm_step}
+    return replace(state, rollbacks=number, alarms=[], flagged={}, **kept)
+
+
 def rollback_target(state: AnomalyState, options: AnomalyOptions, steps: Iterable[int]) -> int | None:
     """The newest of the checkpoints at ``steps`` that is older than this episode; None where there is none.
 

@@ -126,8 +126,11 @@ def general_perplexity(
 
 
 def domain_gain(gate: GainGate, look: LookScores, history: Sequence[Mapping]) -> list[Verdict]:
-    """Hard when the domain loss lies less than a share below that of step 0, at so many looks one behind the other."""
-    base = _loss(look.baseline)
+    """Hard when the domain loss lies less than a share below that of step 0, at so many looks one behind the other.
+
+    Nothing where the domain was not measured at step 0: what was gained before is not known.
+    """
+    base = None if look.since.get("domain", 0) else _loss(look.baseline)
     gains = [
         1 - loss / base
         for tokens, loss in _domain_losses(look, history)

@@ -89,6 +89,11 @@ def healthy_steps(history: Sequence[dict]) -> list[int]:
     return [look["step"] for look in history if look["action"] not in ("none", *OBJECTIONS)]
 
 
+def passed_steps(history: Sequence[dict]) -> list[int]:
+    """Steps at which the gates judged and had nothing to say, not even a warning, oldest first: what a gate goes back to."""
+    return [look["step"] for look in history if look["action"] == "continue"]
+
+
 def choose(history: Sequence[dict], among: Collection[int], weights: Mapping[str, float] | None = None) -> Choice:
     """Chooses one of a run's checkpoints; see the top of this module.
 

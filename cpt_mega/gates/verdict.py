@@ -32,6 +32,7 @@ class LookScores:
     Attributes:
         tokens: of the run so far.
         baseline, perplexity: by bucket, at step 0 and now.
+        since: tokens of the run at which a bucket's baseline was taken, where that was not step 0.
         before, now: score of each item by probe and id, at step 0 and now; higher is better, NaN of a model that is lost.
     """
 
@@ -41,6 +42,7 @@ class LookScores:
     perplexity: Mapping[str, float]
     before: Mapping[str, Mapping[str, float]]
     now: Mapping[str, Mapping[str, float]]
+    since: Mapping[str, int] = field(default_factory=dict)
 
 
 def strongest(verdicts: Sequence[Verdict]) -> str:

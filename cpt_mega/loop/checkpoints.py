@@ -8,7 +8,7 @@ from cpt_mega.checkpoint.saving import CheckpointSave, remove_unfinished
 from cpt_mega.errors import FaultError, SaveStalled
 from cpt_mega.gates.anomaly import AnomalyState, rollback_target
 from cpt_mega.gates.looks import crossed, ends_stable_phase
-from cpt_mega.gates.selection import choose, healthy_steps
+from cpt_mega.gates.selection import choose, healthy_steps, passed_steps
 from cpt_mega.hf.locate import complete_steps
 from cpt_mega.hf.model_info import copy_model_files
 from cpt_mega.hf.weights import ModelNames
@@ -152,7 +152,8 @@ class Checkpoints(NullCallback):
         history, options = trainer.state.gate_history, trainer.config.checkpoint
         there = complete_steps(self.folder.path)
         healthy = [step for step in healthy_steps(history) if step in there]
-        kept = {*healthy[-1:], choose(history, there).step, _to_go_back_to(trainer, there)} - {None}
+        passed = [step for step in passed_steps(history) if step in there]
+        kept = {*healthy[-1:], *passed[-1:], choose(history, there).step, _to_go_back_to(trainer, there)} - {None}
         for name in trim(self.folder.path, newest, options.keep_rolling, options.keep_permanent, kept):
             self.console.print(f" removed {name}, a rolling or permanent one beyond those that stay", style="dim")
 

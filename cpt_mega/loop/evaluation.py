@@ -12,6 +12,7 @@ from pathlib import Path
 from rich.console import Console
 
 from cpt_mega.checkpoint.trainer_state import Look, TrainerState
+from cpt_mega.errors import InputError
 from cpt_mega.gates.arming import armed, disagreement, notes_on
 from cpt_mega.gates.asking import Interrupted
 from cpt_mega.gates.changes import bucket_changes
@@ -106,30 +107,36 @@ class Evaluation(NullCallback):
         """What a probe has of step 0 stays; only what is missing is taken."""
         state, missing = trainer.state, self._missing(trainer)
         found = self._look(trainer)
+        noise = self._noise(trainer, missing, found)  # before anything is kept: a signal may end it
         for one in found:
             if self._is_new(state, one.probe.name):
                 scores = {item.id: item.score for item in one.items if math.isfinite(item.score)}
                 state.item_baseline = {**state.item_baseline, self.suite.digests[one.probe.name]: scores}
-        self._measure_noise(trainer, missing, found)
+        state.item_noise = {**state.item_noise, **noise}
         values = perplexity_by_bucket(self.suite, found)
         taken = {bucket: values[bucket] for bucket in sorted(values.keys() - state.baseline.keys())}
         state.baseline = {**state.baseline, **taken}
+        state.baseline_tokens = {**state.baseline_tokens, **dict.fromkeys(taken, state.tokens)}
         place = {"step": state.step, "tokens": state.tokens}
         readings = {one.probe.name: one.to_json()[0]["value"] for one in found if one.probe.name in missing}
         digests = {name: self.suite.digests[name] for name in missing}
-        line = {"kind": "baseline", **place, "perplexity": taken, "readings": readings, "digests": digests}
+        line = {"kind": "baseline", **place, "perplexity": _plain(taken), "readings": readings, "digests": digests}
         line["items"] = self._items
         self.folder.decide(line)
         return found
 
     def _judge(self, trainer: Trainer, found: list[Found] | None = None) -> None:
         """``found``: by a look at this very step."""
+        state = trainer.state
         if not self.suite.probes:
+            self._lift(trainer)
             return
-        found, state = self._look(trainer) if found is None else found, trainer.state
-        state.judged_step, state.look_pending, state.gate_stop = state.step, False, ""
+        found = self._look(trainer) if found is None else found
         values, earlier = perplexity_by_bucket(self.suite, found), self._earlier(state)
-        verdicts = trainer.engine.mesh.share(self.judge.verdicts(self._scores(trainer, found, values), earlier))
+        verdicts = self._verdicts(trainer, self._scores(trainer, found, values), earlier)
+        if verdicts is None:
+            return
+        state.judged_step, state.look_pending, state.gate_stop = state.step, False, ""
         action = strongest(verdicts) if verdicts else "none"
         look = {"step": state.step, "tokens": state.tokens, "perplexity": values, "action": action}
         look["objections"] = {verdict.rule: verdict.level for verdict in verdicts if verdict.level != NONE}
@@ -143,8 +150,36 @@ class Evaluation(NullCallback):
         if action not in ("none", CONTINUE, WARN):
             trainer.complete_what_was_begun()  # a save that ends is one to go back to, and lets older ones go
         if self.folder.writes:
-            self._explain(trainer, found, verdicts)
+            try:
+                self._explain(trainer, found, verdicts)
+            except Exception as error:  # other ranks wait, and what was decided is to be done
+                self.console.print(f" what to look at cannot be told: {error!r}", style="yellow")
         act(trainer, self.folder, action, "; ".join(one.reason for one in verdicts if one.action == action))
+
+    def _verdicts(self, trainer: Trainer, scores: LookScores, earlier: list[Look]) -> list[Verdict] | None:
+        """By the main process for all ranks. None where a rule of the user's failed: the run ends with what it has, and the
+        next start judges first."""
+        found, problem = None, None
+        if trainer.engine.mesh.is_main:
+            try:
+                found = self.judge.verdicts(scores, earlier)
+            except InputError as error:
+                problem = str(error)
+        found, problem = trainer.engine.mesh.share((found, problem))
+        if problem is not None:
+            trainer.state.look_pending = True
+            trainer.stop("config_error", problem)
+        return found
+
+    def _lift(self, trainer: Trainer) -> None:
+        """Nothing is left that could judge again what a gate stopped the run for."""
+        state = trainer.state
+        if state.gate_stop:
+            self.folder.decide({"kind": "gate_stop_lifted", "step": state.step, "reason": state.gate_stop})
+            self.console.print(
+                f" nothing judges any more why a gate stopped this run: {state.gate_stop}", style="yellow"
+            )
+        state.gate_stop, state.look_pending = "", False
 
     def _explain(self, trainer: Trainer, found: Sequence[Found], verdicts: Sequence[Verdict]) -> None:
         """What to look at, where a gate finds harm; what the stage has done, where it ends."""
@@ -167,19 +202,20 @@ class Evaluation(NullCallback):
         state = trainer.state
         before = {name: state.item_baseline.get(digest, {}) for name, digest in self.suite.digests.items()}
         now = {one.probe.name: {item.id: item.score for item in one.items} for one in found}
-        return LookScores(state.step, state.tokens, state.baseline, perplexity, before, now)
+        return LookScores(
+            state.step, state.tokens, state.baseline, perplexity, before, now, since=state.baseline_tokens
+        )
 
-    def _measure_noise(self, trainer: Trainer, missing: Sequence[str], found: Sequence[Found]) -> None:
-        """Scores the items of gates a second time: on some devices the same weights do not give the same answers."""
-        state, digests = trainer.state, self.suite.digests
+    def _noise(self, trainer: Trainer, missing: Sequence[str], found: Sequence[Found]) -> dict[str, float]:
+        """Scores the items of gates a second time: on some devices the same weights do not give the same answers. By digest."""
+        digests = self.suite.digests
         gated = {probe for gate in self.judge.item_gates for probe in gate.probes} & set(missing)
         again = self.suite.without({probe.name for probe in self.suite.probes} - gated)
         if not gated:
-            return
+            return {}
         first = {one.probe.name: one.items for one in found}
-        for one in take_look(trainer.engine, again, None, lambda: self.control.ends(trainer)):
-            share = disagreement(first[one.probe.name], one.items)
-            state.item_noise = {**state.item_noise, digests[one.probe.name]: share}
+        found = take_look(trainer.engine, again, None, lambda: self.control.ends(trainer))
+        return {digests[one.probe.name]: disagreement(first[one.probe.name], one.items) for one in found}
 
     def _arm(self, trainer: Trainer) -> None:
         """From here on gates know how far step 0 agrees with itself; the ledger has all that verdicts depend on."""

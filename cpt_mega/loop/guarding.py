@@ -172,8 +172,6 @@ class AnomalyGuard(NullCallback):
         for source, rows in self.known.flagged.items():
             exclude[source] = sorted({*exclude[source], *rows})
         what = {"exclude": exclude, "lr_scale": self.options.lr_factor ** (self._made() + 1)}
-        if Steering.from_json(self.state.steering).rollbacks:  # they changed the mixture too
-            what["weights"] = rollback.weights(trainer.stream, self.state.tokens)
         calm_step = self.state.step + self.options.cool_down_steps
         trainer.decide(rollback.rollback_line(self.state, target, reason, calm_step=calm_step, **what))
 

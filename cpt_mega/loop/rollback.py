@@ -15,12 +15,13 @@ from cpt_mega.checkpoint.store import set_tracker
 from cpt_mega.checkpoint.trainer_state import TrainerState, read_state
 from cpt_mega.data.stream import MixedStream
 from cpt_mega.errors import InputError
-from cpt_mega.gates.anomaly import AnomalyState
+from cpt_mega.gates.anomaly import AnomalyState, expect_change, rolled_back, taken_back
 from cpt_mega.hf.locate import CHECKPOINTS, iteration_folders
 from cpt_mega.json_types import Count, type_problem
 from cpt_mega.lineage import is_complete
 from cpt_mega.loop.run_folder import LEDGER, read_lines
 
+GATES = "gates"  # who else than the guard goes back
 KIND = "rollback"  # of its line in the ledger
 ASIDE = ".rolled_back_{number}-{name}"  # what a checkpoint is called that was made in the episode before a rollback
 
@@ -28,7 +29,8 @@ ASIDE = ".rolled_back_{number}-{name}"  # what a checkpoint is called that was m
 class Rollback(TypedDict):
     """What its line says: the run, the how-manieth, where to, and what holds from there on (rows by source).
 
-    A gate's has ``steering``, and ``weights`` of the sources where these change.
+    ``steering`` is what gates have changed so far, ``raised_replay`` what they have added to the share of replay; ``by`` says
+    whose it was, the guard's or theirs.
     """
 
     run_id: str
@@ -37,9 +39,10 @@ class Rollback(TypedDict):
     to_step: Count
     exclude: dict[str, list[Count]]
     lr_scale: float
-    calm_step: Count
+    calm_step: Count | None
+    by: NotRequired[str]
     steering: NotRequired[dict]
-    weights: NotRequired[dict[str, float]]
+    raised_replay: NotRequired[float]
 
 
 def rollback_line(state: TrainerState, to_step: int, reason: str, **what: object) -> dict:
@@ -55,6 +58,7 @@ def rollback_line(state: TrainerState, to_step: int, reason: str, **what: object
         "to_step": to_step,
         "exclude": excluded,
         "steering": state.steering,
+        "raised_replay": state.stream.get("raised", 0.0),
         **what,
         "reason": reason,
     }
@@ -99,9 +103,22 @@ def applicable(stream: MixedStream, exclude: Mapping[str, Sequence[int]]) -> dic
     return {name: rows for name, rows in found.items() if len({*rows, *already.get(name, ())}) < plans[name]}
 
 
-def weights(stream: MixedStream, tokens: int) -> dict[str, float]:
-    """Of all sources at so many tokens of the run, as ``MixedStream.reweight`` takes them."""
-    return dict.fromkeys((source.name for source in stream.sources), 0.0) | stream.asked_shares(tokens)
+def finish(line: dict, state: TrainerState, stream: MixedStream) -> dict[str, list[int]]:
+    """Lets hold what a line says, from where the run stands now; returns the rows that are left out."""
+    left_out = applicable(stream, line["exclude"])
+    stream.exclude(left_out)
+    state.steering = line.get("steering", state.steering)
+    known = AnomalyState.from_json(state.anomaly)
+    raised = line.get("raised_replay", 0.0)
+    if raised != stream.state.raised:
+        stream.raise_replay(raised)
+        expect_change(known)
+    if line.get("by") == GATES:
+        known = taken_back(known, line["number"], line["lr_scale"], line["calm_step"])
+    else:
+        known = rolled_back(known, *(line[name] for name in ("number", "to_step", "step", "lr_scale", "calm_step")))
+    state.anomaly = known.to_json()
+    return left_out
 
 
 def _free(path: Path) -> Path:

@@ -25,7 +25,6 @@ from cpt_mega.engine.mesh import Mesh, start_mesh, stop_mesh
 from cpt_mega.engine.platform import check_layout
 from cpt_mega.engine.step import Engine
 from cpt_mega.errors import InputError, RollBack
-from cpt_mega.gates.anomaly import AnomalyState, rolled_back
 from cpt_mega.gates.selection import choose
 from cpt_mega.hf.convert import export_hf
 from cpt_mega.hf.locate import CHECKPOINTS, complete_steps
@@ -327,15 +326,7 @@ def _finish_rollback(
     line = mesh.share(rollback.pending(folder.path, state) if mesh.is_main else None)
     if line is None or stream is None:
         return {}
-    left_out = rollback.applicable(stream, line["exclude"])
-    stream.exclude(left_out)
-    state.steering = line.get("steering", state.steering)
-    if "weights" in line and line["weights"].keys() == {source.name for source in stream.sources}:
-        stream.reweight(line["weights"])
-    known = AnomalyState.from_json(state.anomaly)
-    taken = [line[name] for name in ("number", "to_step", "step", "lr_scale", "calm_step")]
-    state.anomaly = rolled_back(known, *taken).to_json()
-    return left_out
+    return rollback.finish(line, state, stream)
 
 
 def _open_folder(folder: RunFolder, config: Config, inputs: Inputs, mesh: Mesh, step: int | None) -> None:

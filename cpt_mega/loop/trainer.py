@@ -157,7 +157,7 @@ class Trainer:
             with Prefetcher(self.stream, self.engine.prepare, self.config.train.global_batch_size) as batches:
                 self._train(batches)
         reached = f"reached {self.state.tokens:,} of {self.config.train.tokens:,} tokens"
-        reached += ", annealed by a gate" if self.budget < self.config.train.tokens else ""
+        reached += ", annealed by a gate" if self._steering.anneal_from is not None else ""
         self.stop("finished", f"{reached}: {self._data_ended}" if self._data_ended else reached)
         for callback in self.callbacks:
             callback.on_end(self)

@@ -93,3 +93,17 @@ def test_where_nothing_is_asked_of_the_others_any_more_nothing_is_left(tokens):
 def test_what_is_no_mixture_is_refused(points, message):
     with pytest.raises(InputError, match=message):
         Mixture.of(points)
+
+
+def test_replay_is_raised_at_each_point_and_the_others_give_way_in_proportion():
+    mixture = Mixture.of([(0, {"a": 0.4, "b": 0.2, "c": 0.2, "d": 0.2}), (100, {"a": 0, "b": 0.5, "c": 0.5, "d": 0})])
+    raised = mixture.raised({"c"}, 0.1)
+    assert raised.names == mixture.names and [tokens for tokens, _ in raised.points] == [0, 100]
+    assert raised.shares(0) == pytest.approx((0.35, 0.175, 0.3, 0.175)) and raised.shares(100) == pytest.approx(
+        (0, 0.4, 0.6, 0)
+    )
+    assert mixture.raised({"c"}, 0.9).shares(0)[2] == pytest.approx(0.9)  # at most
+    assert mixture.raised({"c"}, 0.0) == mixture.raised({"other"}, 0.5) == mixture
+    assert mixture.raised(set(mixture.names), 0.1) == mixture
+    most = Mixture.fixed({"a": 0.05, "c": 0.95})
+    assert most.raised({"c"}, 0.1) == most

@@ -56,6 +56,12 @@ def test_looks_while_the_rate_is_rising_say_nothing_of_the_gain():
     assert first.numbers["missed"] == 1
 
 
+def test_a_domain_that_was_not_measured_at_step_0_has_no_gain():
+    late = LookScores(10, 10_000, {"domain": 20.0}, {"domain": 20.0}, {}, {}, since={"domain": 9_000})
+    assert domain_gain(GAINS, late, past(20.0, 20.0, 20.0)) == []
+    assert domain_gain(GAINS, look(domain=20.0), past(20.0, 20.0, 20.0))[0].level == "hard"
+
+
 def test_a_domain_that_is_not_measured_or_not_a_number():
     assert domain_gain(GAINS, look(general=10.0), []) == []
     (lost,) = domain_gain(GAINS, look(domain=math.nan), [])

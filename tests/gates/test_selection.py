@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from cpt_mega.gates.changes import Measure
-from cpt_mega.gates.selection import BUCKETS, choose, explained, healthy_steps, paired_difference
+from cpt_mega.gates.selection import BUCKETS, choose, explained, healthy_steps, paired_difference, passed_steps
 
 fixed = partial(settings, deadline=None, derandomize=True)
 EQUAL = dict.fromkeys(BUCKETS, 1.0)
@@ -186,3 +186,9 @@ def test_a_rise_does_not_count_in_a_difference_but_in_the_domain():
 def test_of_a_single_item_nothing_is_known():
     found = paired_difference(*measured([1.0], [1.0], [0.0]), EQUAL)
     assert found.value == 1 and (found.low, found.high) == (-math.inf, math.inf)
+
+
+def test_what_a_gate_goes_back_to_has_not_even_a_warning():
+    actions = ["none", "continue", "warn", "continue", "stop", "anneal"]
+    history = [{"step": step, "action": action} for step, action in enumerate(actions)]
+    assert passed_steps(history) == [1, 3]

@@ -10,7 +10,6 @@ import torch
 from cpt_mega.checkpoint.trainer_state import read_state
 from cpt_mega.errors import InputError
 from cpt_mega.loop.run_folder import read_lines
-from cpt_mega.loop.verdict_actions import raised_replay
 from cpt_mega.loop.verdict_replay import take_again
 from tests.helpers.jobsite import checkpoint_tensors, metrics, status
 
@@ -62,7 +61,7 @@ def test_harm_rolls_the_run_back_to_a_healthy_checkpoint_at_a_lower_rate_with_mo
     assert looks[at - 1]["action"] == "continue" and back["reason"] == looks[at]["verdicts"][0]["reason"]
     assert {look["action"] for look in looks[at + 1 :]} == {"continue"}
     assert back["steering"]["lr_scale"] == 0.05 and back["exclude"] == {}
-    assert back["weights"] == {"domain": pytest.approx(0.7), "replay": pytest.approx(0.3)}
+    assert back["raised_replay"] == 0.1 and back["by"] == "gates"
     lines = metrics(harmed, "train")
     rates = [line["lr"] / line["tokens"] for line in lines]  # of a rate that rises with the tokens
     first, later = rates[: back["to_step"]], rates[back["to_step"] :]
@@ -73,7 +72,7 @@ def test_harm_rolls_the_run_back_to_a_healthy_checkpoint_at_a_lower_rate_with_mo
     share = (since["replay"] - replayed["replay"]) / (sum(since.values()) - sum(replayed.values()))
     assert share == pytest.approx(0.3, abs=0.03)
     state = read_state(newest(harmed))
-    assert state.steering["rollbacks"] == 1 and [look["step"] for look in state.gate_history].count(back["step"]) <= 1
+    assert state.steering["rollbacks"] == 1 and state.stream["raised"] == 0.1
     assert status(harmed)["state"] == "finished" and "roll_back" not in {look["action"] for look in state.gate_history}
 
 
@@ -149,7 +148,7 @@ def test_a_run_that_a_gate_anneals_ends_early_at_rate_zero_and_goes_on_as_an_unb
     lines = metrics(tmp_path / "a", "train")
     assert lines[-1]["tokens"] >= line["ends_at"] > lines[-2]["tokens"] and lines[-1]["lr"] == 0
     asked = [0.3 * x["tokens"] / 2500 * min(1, max(0, (line["ends_at"] - x["tokens"]) / 800)) for x in lines]
-    assert [x["lr"] for x in lines] == pytest.approx([*asked[: line["step"]], *asked[line["step"] :]])
+    assert [x["lr"] for x in lines] == pytest.approx(asked)
     assert "annealed by a gate" in status(tmp_path / "a")["reason"]
     shutil.copytree(tmp_path / "a", tmp_path / "b")
     for folder in (tmp_path / "b" / "checkpoints").glob("iter_*"):
@@ -161,11 +160,23 @@ def test_a_run_that_a_gate_anneals_ends_early_at_rate_zero_and_goes_on_as_an_unb
     assert [x["lr"] for x in metrics(tmp_path / "b", "train")] == [x["lr"] for x in lines]
 
 
-def test_raised_replay_keeps_the_shares_within_each_part():
-    roles = {"a": "domain", "b": "domain", "c": "replay", "d": "instruct"}
-    raised = raised_replay({"a": 0.4, "b": 0.2, "c": 0.2, "d": 0.2}, roles, 0.1)
-    assert raised == pytest.approx({"a": 0.35, "b": 0.175, "c": 0.3, "d": 0.175})
-    assert raised_replay({"a": 1.0, "c": 0.0}, roles, 0.1) == {"a": 1.0, "c": 0.0}
-    assert raised_replay({"c": 2.0}, roles, 0.1) == {"c": 2.0}
-    assert raised_replay({"a": 0.2, "c": 1.8}, roles, 0.1) == pytest.approx({"a": 0.2, "c": 1.8})
-    assert raised_replay({"a": 0.4, "c": 1.6}, roles, 0.3) == pytest.approx({"a": 0.2, "c": 1.8})
+def test_a_late_anneal_still_comes_to_rate_zero_and_says_so(workers, jobsite, tmp_path):
+    words = [*HARMFUL, "gates.action=anneal", "gates.anneal_tokens=9000"]
+    assert trained(workers, jobsite, tmp_path, *words) == "finished"
+    (line,) = ledger(tmp_path, "anneal")
+    assert line["ends_at"] == 2500 and metrics(tmp_path, "train")[-1]["lr"] == 0
+    assert "annealed by a gate" in status(tmp_path)["reason"]
+
+
+def test_each_rollback_raises_replay_further(workers, jobsite, tmp_path):
+    words = [*HARMFUL, "gates.action=roll_back", "gates.lr_factor=1", "gates.most_rollbacks=2"]
+    assert trained(workers, jobsite, tmp_path, *words) == "gate_stop"
+    backs = ledger(tmp_path, "rollback")
+    assert [line["number"] for line in backs] == [1, 2]
+    assert [line["steering"]["lr_scale"] for line in backs] == [1, 1]
+    assert [line["raised_replay"] for line in backs] == pytest.approx([0.1, 0.2])
+    mixtures = [line["state"]["in_effect"] for line in ledger(tmp_path, "data") if line["state"]["raised"]]
+    assert [mixture[0][1]["replay"] for mixture in mixtures] == pytest.approx([0.3, 0.4])
+    assert "no rollback: 2 were made" in status(tmp_path)["reason"] and not any(
+        x.difference for x in take_again(tmp_path)
+    )
