@@ -168,15 +168,18 @@ def test_a_late_anneal_still_comes_to_rate_zero_and_says_so(workers, jobsite, tm
     assert "annealed by a gate" in status(tmp_path)["reason"]
 
 
+@pytest.mark.full
 def test_each_rollback_raises_replay_further(workers, jobsite, tmp_path):
-    words = [*HARMFUL, "gates.action=roll_back", "gates.lr_factor=1", "gates.most_rollbacks=2"]
+    places = {"domain": 0.98, "replay": 0.02}
+    sources = [f"{{name: {n}, path: {jobsite.folder}/{n}, role: {n}, weight: {w}}}" for n, w in places.items()]
+    words = [*HARMFUL, f"data.sources=[{', '.join(sources)}]", "gates.action=roll_back", "gates.lr_factor=1"]
+    words += ["gates.replay_step=0.01", "gates.most_rollbacks=2", "gates.general_perplexity_limit=1"]
     assert trained(workers, jobsite, tmp_path, *words) == "gate_stop"
     backs = ledger(tmp_path, "rollback")
     assert [line["number"] for line in backs] == [1, 2]
-    assert [line["steering"]["lr_scale"] for line in backs] == [1, 1]
-    assert [line["raised_replay"] for line in backs] == pytest.approx([0.1, 0.2])
+    assert [line["raised_replay"] for line in backs] == pytest.approx([0.01, 0.02])
     mixtures = [line["state"]["in_effect"] for line in ledger(tmp_path, "data") if line["state"]["raised"]]
-    assert [mixture[0][1]["replay"] for mixture in mixtures] == pytest.approx([0.3, 0.4])
+    assert [mixture[0][1]["replay"] for mixture in mixtures] == pytest.approx([0.03, 0.04])
     assert "no rollback: 2 were made" in status(tmp_path)["reason"] and not any(
         x.difference for x in take_again(tmp_path)
     )
