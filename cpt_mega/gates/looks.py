@@ -60,14 +60,19 @@ def look_due(config: Config, before: int, after: int) -> bool:
 def planned_looks(config: Config) -> int:
     """How many looks a run makes at most, the last one included; that of step 0 decides nothing.
 
-    Exact where that is cheap; an interval of a few tokens may mean more looks than there are steps.
+    Exact where each falls into a step of its own: points are counted, and the steps are not. The last look before wsd's decay
+    always counts as one more: the step that it falls into depends on the size of the steps, and items that are asked must not.
     """
     tokens, start = config.train.tokens, LearningRate.from_config(config).decay_start
+    if not tokens:  # a model is judged as it is
+        return 1
     intervals = [each for each in (config.eval.interval_tokens, config.checkpoint.interval_tokens) if each is not None]
-    points = {tokens, *early_looks(config), *(() if start is None else (start,))}
-    if sum(tokens // interval for interval in intervals) > MANY:
-        return len(points) + sum(tokens // interval for interval in intervals)
-    return len(points.union(*(range(interval, tokens, interval) for interval in intervals)))
+    early = {point for point in early_looks(config) if point < tokens}
+    others = 1 if start is None else 2  # the end, and that before the decay
+    many = sum((tokens - 1) // interval for interval in intervals)
+    if many > MANY:
+        return len(early) + many + others
+    return len(early.union(*(range(interval, tokens, interval) for interval in intervals))) + others
 
 
 def look_tokens(config: Config) -> float:

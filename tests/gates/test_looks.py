@@ -1,12 +1,14 @@
 """When a run is evaluated: a pure function of tokens."""
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from cpt_mega.config.load import build_config
 from cpt_mega.gates.looks import early_looks, look_due, look_tokens, planned_looks
 
 
-def _config(gates=None, **evaluation):
+def _config(gates=None, sections=None, **evaluation):
     values = {
         "run": {"dir": "."},
         "model": {"checkpoint": "."},
@@ -15,7 +17,17 @@ def _config(gates=None, **evaluation):
         "eval": evaluation,
         "gates": gates or {},
     }
-    return build_config(values)
+    return build_config(values | (sections or {}))
+
+
+def _made(config, size: int) -> int:
+    """Looks of a run whose steps have so many tokens, counted step by step."""
+    tokens, before, looks = config.train.tokens, 0, 0
+    while before < tokens:
+        after = before + size
+        looks += after >= tokens or look_due(config, before, after)
+        before = after
+    return looks
 
 
 @pytest.mark.parametrize(
@@ -60,7 +72,7 @@ def test_with_a_suite_and_no_interval_looks_are_geometric_from_before_one_per_ce
         ({}, {"interval_tokens": 10_000, "dense_start": False}, 10),
         ({}, {"interval_tokens": 30_000, "dense_start": False}, 4),  # and one at the end
         ({"suite": "s.yaml"}, {}, 15 + 1),
-        ({}, {"interval_tokens": 1}, 100_001),
+        ({}, {"interval_tokens": 1}, 100_000),
     ],
 )
 def test_as_many_looks_are_planned_as_can_come(gates, evaluation, looks):
@@ -69,6 +81,50 @@ def test_as_many_looks_are_planned_as_can_come(gates, evaluation, looks):
     if looks < 100:
         due = [tokens for tokens in range(1, 100_001) if look_due(config, tokens - 1, tokens)]
         assert len({*due, 100_000}) == looks
+
+
+@given(
+    tokens=st.integers(1, 300),
+    intervals=st.tuples(*[st.none() | st.integers(1, 400)] * 2),
+    decay=st.none() | st.integers(1, 300),
+    rows=st.integers(1, 40),
+    has_suite=st.booleans(),
+    kind=st.sampled_from(["cosine", "wsd"]),
+)
+def test_no_more_looks_are_made_than_planned_whatever_the_steps(tokens, intervals, decay, rows, has_suite, kind):
+    sections = {
+        "train": {"tokens": tokens, "global_batch_size": rows, "micro_batch_size": 1, "seq_length": 1},
+        "schedule": {"kind": kind, "warmup_tokens": 0, "decay_tokens": None if decay is None else min(decay, tokens)},
+        "checkpoint": {"interval_tokens": intervals[1]},
+    }
+    config = _config({"suite": "s.yaml"} if has_suite else {}, sections, interval_tokens=intervals[0])
+    planned = planned_looks(config)
+    assert planned - (kind == "wsd") <= _made(config, 1)  # no more are planned than steps of a token make
+    for size in {1, 2, 7, rows, max(1, rows - 1)}:
+        if size <= rows:  # a step has no more tokens than its rows hold
+            assert _made(config, size) <= planned
+
+
+@pytest.mark.parametrize(
+    ("tokens", "evaluation", "looks"),
+    [
+        (1_000_000, {"interval_tokens": 10**9}, 8 + 1),  # halves from 0.5 % of the run on, and the end
+        (0, {"interval_tokens": 10**9}, 1),
+        (0, {}, 1),
+        (100_000, {"interval_tokens": 100_000, "dense_start": False}, 1),
+    ],
+)
+def test_what_lies_beyond_the_run_is_no_look(tokens, evaluation, looks):
+    assert planned_looks(_config(sections={"train": {"tokens": tokens}}, **evaluation)) == looks
+
+
+def test_the_look_before_the_decay_is_one_more_where_the_decay_begins_at_a_multiple_of_the_interval():
+    """The last step before it and the step that crosses the multiple are two."""
+    train = {"tokens": 100_000, "global_batch_size": 7, "micro_batch_size": 1, "seq_length": 100}
+    schedule = {"kind": "wsd", "decay_tokens": 20_000}
+    sections = {"train": train, "schedule": schedule}
+    config = _config(sections=sections, interval_tokens=10_000, dense_start=False)
+    assert planned_looks(config) == _made(config, 700) == 11
 
 
 def test_a_look_may_read_its_share_of_the_computing():
