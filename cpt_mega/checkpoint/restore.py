@@ -44,8 +44,8 @@ class Restore:
         state: the checkpoint's own, None for a new run.
         same_layout: whether generators fit.
         same_run: whether the run in this folder goes on; otherwise it gets an id of its own, and the checkpoint as its parent.
-        baseline, item_baseline: step-0 readings, as TrainerState has them, that a new run which trains nothing takes over: its
-            checkpoint is judged by them.
+        baseline, item_baseline, item_noise: step-0 readings, as TrainerState has them, that a new run which trains nothing takes
+            over: its checkpoint is judged by them.
     """
 
     start: Start
@@ -55,6 +55,7 @@ class Restore:
     contract: Contract
     baseline: dict = field(default_factory=dict)
     item_baseline: dict = field(default_factory=dict)
+    item_noise: dict = field(default_factory=dict)
 
     @property
     def rows(self) -> list[Row]:
@@ -152,7 +153,7 @@ def _new_run(config: Config, start: Start, lineage: dict, contract: Contract) ->
     contract.add("learning-rate schedule", "fresh", "from its re-warm")
     contract.add("data cursors", "fresh", "from the first row")
     contract.add("generators", "fresh", "from train.seed")
-    baseline, item_baseline = _baseline_of_parent(config, start, lineage)
+    baseline, items, noise = _baseline_of_parent(config, start, lineage)
     if baseline:
         words = f"baseline of {', '.join(baseline)}: nothing is trained, the checkpoint is judged by its run's step 0"
         contract.add("gate history", "restored", words)
@@ -161,17 +162,18 @@ def _new_run(config: Config, start: Start, lineage: dict, contract: Contract) ->
     contract.add("anomaly window", "fresh", "the first steps are guarded by bounds")
     contract.add("FP8 scales", "fresh", _fp8_note(config))
     _compare_with_parent(config, start, contract)
-    return Restore(start, None, False, False, contract, baseline, item_baseline)
+    return Restore(start, None, False, False, contract, baseline, items, noise)
 
 
-def _baseline_of_parent(config: Config, start: Start, lineage: dict) -> tuple[dict, dict]:
-    """Step-0 readings of the run a checkpoint is from, of items that are the same today; only where nothing is trained."""
+def _baseline_of_parent(config: Config, start: Start, lineage: dict) -> tuple[dict, dict, dict]:
+    """Step-0 readings of the run a checkpoint is from, of items that are the same today, and by how much those of items
+    disagreed; only where nothing is trained."""
     if config.train.tokens or not has_state(start.folder):
-        return {}, {}
+        return {}, {}, {}
     state = read_state(start.folder)
     before, now = state.lineage["eval"], lineage["eval"]
     same = {name: value for name, value in state.baseline.items() if before.get(name) == now.get(name, "")}
-    return same, state.item_baseline
+    return same, state.item_baseline, state.item_noise
 
 
 def _compare_with_parent(config: Config, start: Start, contract: Contract) -> None:
@@ -201,6 +203,9 @@ def _full(config: Config, start: Start, lineage: dict, layout: dict[str, int], c
         del state.baseline[bucket]
         for look in state.gate_history:
             look["perplexity"].pop(bucket, None)
+    others = state.lineage["eval"] != now or state.lineage.get("suite", {}) != lineage.get("suite", {})
+    for look in state.gate_history if others else ():  # patience counts what was found in the same items
+        look.pop("objections", None)
     same = {"vpp": 1, "cp": 1, **state.layout} == layout  # a folder may be from before these were
     contract.add("weights", "restored", str(start.folder))
     contract.add("master weights", "restored", "bit for bit")

@@ -285,7 +285,8 @@ def _export(run_dir: Path, chosen: Path) -> Path:
 
 def _trainer_state(config: Config, restore: Restore, lineage: dict, layout: dict, mesh: Mesh) -> TrainerState:
     """The restored state under today's layout, configuration and lineage, or that of a new run."""
-    state = restore.state or TrainerState("", "", baseline=restore.baseline, item_baseline=restore.item_baseline)
+    taken = {"baseline": restore.baseline, "item_baseline": restore.item_baseline, "item_noise": restore.item_noise}
+    state = restore.state or TrainerState("", "", **taken)
     if not restore.same_run:
         state.run_id, state.parent = mesh.share(new_run_id()), str(restore.start.folder)
         state.lineage["parent_weights"] = state.lineage.get("weights")

@@ -12,6 +12,9 @@ import pytest
 import torch
 import yaml
 
+from cpt_mega.checkpoint.restore import Start, plan_restore
+from cpt_mega.checkpoint.trainer_state import FORMAT, STATE_FILE
+from cpt_mega.config.load import load_config
 from cpt_mega.data.packing import PACKING_VERSION
 from cpt_mega.hf.convert import export_hf, import_hf
 from cpt_mega.lineage import COMPLETE, MANIFEST, file_digest, seal_folder
@@ -279,6 +282,25 @@ def test_rows_that_were_packed_by_other_code_are_refused_unless_accepted(workers
     written_by(0)
     assert f"data.packing = 'version {PACKING_VERSION}'" in _refused(workers, jobsite, tmp_path / "run", *words)
     assert _train(workers, jobsite, tmp_path / "run", *accepting)[0] == "finished"
+
+
+@pytest.mark.parametrize(
+    ("change", "kept"),
+    [({}, True), ({"suite": {"letters": "b"}}, False), ({"suite": {}}, False), ({"eval": {"general": "b"}}, False)],
+    ids=["same", "other items", "fewer probes", "other sets"],
+)
+def test_patience_does_not_count_looks_at_other_items(jobsite, tmp_path, change, kept):
+    config = load_config(jobsite.config, [f"run.dir={tmp_path}"])
+    lineage = {"tokenizer_digest": "t", "packing_version": 1, "corpora": {}}
+    lineage |= {"eval": {"general": "a"}, "suite": {"letters": "a"}}
+    look = {"step": 1, "tokens": 9, "perplexity": {"domain": 2.0}, "action": "warn", "objections": {"general": "hard"}}
+    values = {"run_id": "r", "step": 1, "lineage": lineage, "gate_history": [look], "item_noise": {"d": 0.5}}
+    values |= {"format": FORMAT, "parent": "", "config": config.model_dump(mode="json")}
+    folder = tmp_path / "checkpoints" / "iter_0000001"
+    shutil.copytree(jobsite.checkpoint, folder)
+    (folder / STATE_FILE).write_text(json.dumps(values))
+    (found,) = plan_restore(config, Start("full", folder, []), lineage | change, {"tp": 1}).state.gate_history
+    assert found == (look if kept else {name: value for name, value in look.items() if name != "objections"})
 
 
 def test_another_corpus_under_the_same_name_is_refused(workers, jobsite, stopped, tmp_path):

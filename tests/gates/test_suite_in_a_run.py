@@ -5,8 +5,9 @@ import json
 import pytest
 import torch
 
-from cpt_mega.checkpoint.trainer_state import read_state
+from cpt_mega.checkpoint.trainer_state import STATE_FILE, read_state
 from cpt_mega.hf.convert import import_hf
+from cpt_mega.lineage import COMPLETE, MANIFEST, seal_folder
 from cpt_mega.loop.run_folder import read_lines
 from tests.helpers.jobsite import checkpoint_tensors, metrics
 from tests.helpers.models import tiny_llama
@@ -75,17 +76,31 @@ def test_a_run_with_a_suite_is_the_one_without_bit_for_bit_and_has_every_item_of
     assert max(line["value"] for line in metrics(run, "eval") if line["metric"] == "largest_leak_nats") == 0.0
     drift = [line["value"] for line in metrics(run, "eval") if (line["probe"], line["metric"]) == ("drift", "kl")]
     assert drift[0] < 1e-6 < drift[1] < drift[-1]  # the reference is kept as fp32
+    _set_noise(run / "checkpoints" / f"iter_{looks[-1]:07d}", baseline["digests"]["letters"], 0.5)
     alone = ["train.tokens=0", "schedule.warmup_tokens=0", "restore.mode=weights", f"model.checkpoint={run}"]
     told = [f"run.dir={tmp_path / 'alone'}", *alone, "parallel.tp=2", f"gates.suite={suite}"]
     assert workers(2).run("train", config=jobsite.config, overrides=told)[0][0] == "finished"
     judged = [line["value"] for line in metrics(tmp_path / "alone", "eval") if line["metric"] == "kl"]
     assert judged == [pytest.approx(drift[-1], rel=1e-5)]  # from where that run began
+    (rules,) = [line for line in read_lines(tmp_path / "alone" / "ledger.jsonl") if line["kind"] == "gates"]
+    assert {gate["name"]: gate["noise"] for gate in rules["item_gates"]} == {"general": 0.5 * 9 / 24, "answers": 0.0}
     (reference,) = (run / "references").iterdir()
     reference.rename(tmp_path / "elsewhere")
     with pytest.raises(JobFailed, match="drift-.*bring it back"):
         workers(2).run("train", config=jobsite.config, overrides=words)
     (tmp_path / "elsewhere").rename(reference)
     assert workers(2).run("train", config=jobsite.config, overrides=words)[0][0] == "finished"
+
+
+def _set_noise(folder, digest: str, share: float) -> None:
+    """As if step 0 of its run had disagreed with itself by so much."""
+    state = json.loads((folder / STATE_FILE).read_text())
+    assert digest in state["item_noise"]
+    state["item_noise"][digest] = share
+    for name in (COMPLETE, MANIFEST):
+        (folder / name).unlink()
+    (folder / STATE_FILE).write_text(json.dumps(state))
+    seal_folder(folder)
 
 
 def test_other_items_of_a_suite_are_refused_until_they_are_accepted_and_get_a_baseline_then(
