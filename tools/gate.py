@@ -99,6 +99,9 @@ def show_power(options: argparse.Namespace) -> int:
     for power in found:
         table.add_row(power.gate.name, ", ".join(power.gate.probes), f"{power.items:,}", *thresholds(power))
     Console().print(table)
+    for gate in (power.gate for power in found):
+        if gate.disarmed:
+            print(f"{gate.name} is not armed: {gate.disarmed}")
     print(
         "A drop of twice the threshold is found within two looks in 95 % of cases, at 10 % of items that change anyway;"
     )
@@ -110,10 +113,10 @@ def show_power(options: argparse.Namespace) -> int:
 
 def thresholds(power) -> tuple[str, str]:
     """What a gate is for, and the smallest that its items carry."""
-    if not power.gate.binary:
-        return f"{power.gate.threshold:.3g} of the bits", "not known before"
-    carried = "none" if power.smallest > 1 else f"{100 * power.smallest:.3g} points"
-    return "not armed" if power.gate.disarmed else f"{100 * power.gate.threshold:.3g} points", carried
+    gate, carried = power.gate, "not known before"
+    if gate.binary:
+        carried = "none" if power.smallest > 1 else gate.in_words(power.smallest)
+    return "not armed" if gate.disarmed else gate.in_words(gate.threshold), carried
 
 
 def show(measured, options: argparse.Namespace) -> None:

@@ -8,7 +8,7 @@ from statistics import fmean
 from cpt_mega.config.schedule import LearningRate
 from cpt_mega.config.schema import Config
 from cpt_mega.errors import InputError
-from cpt_mega.gates.item_gates import ItemGate
+from cpt_mega.gates.item_gates import ItemGate, panel_problem
 from cpt_mega.gates.looks import planned_looks
 from cpt_mega.gates.paired import self_disagreement, smallest_threshold
 from cpt_mega.gates.probes.probe import BITS_PER_BYTE, RIGHT_OR_WRONG, ItemScore, Probe
@@ -41,10 +41,12 @@ class Power:
     smallest: float
 
     def to_json(self) -> dict:
-        """Plain values; ``smallest`` is None where there is none, or where it cannot be known before."""
+        """Plain values; ``smallest`` is None where there is none, or where it cannot be known before, ``disarmed`` where nothing
+        keeps the gate from judging."""
         gate, smallest = self.gate, self.smallest if 0 < self.smallest < 1 else None
         told = {"gate": gate.name, "probes": list(gate.probes), "items": self.items, "threshold": gate.threshold}
-        return told | {"smallest": smallest, "armed": not gate.disarmed and gate.threshold >= self.smallest}
+        told |= {"smallest": smallest, "armed": not gate.disarmed and gate.threshold >= self.smallest}
+        return told | {"disarmed": gate.disarmed or None}
 
 
 def planned_judge(config: Config, suite: Suite) -> Judge:
@@ -56,7 +58,7 @@ def planned_judge(config: Config, suite: Suite) -> Judge:
     rules, looks = suite.rules, planned_looks(config)
     gates, gain, functions = (), None, ()
     if rules is not None:
-        gates = tuple(_checked(power, rules) for power in powers(rules, suite, looks, config.gates.action))
+        gates = tuple(_checked(power, suite) for power in powers(rules, suite, looks, config.gates.action))
         gain, functions = _gain(config, rules), rules.functions
         for name in functions:
             load_function(name)
@@ -79,9 +81,9 @@ def notes_on(judge: Judge) -> Iterator[str]:
         where = f"rules.{gate.name} of the suite"
         if gate.disarmed:
             yield f"gate {gate.name} is not armed: {gate.disarmed} ({where})"
-        elif gate.threshold > USUAL[gate.name]:
-            drop, usual = (f"{100 * share:.3g}" for share in (gate.threshold, USUAL[gate.name]))
-            yield f"gate {gate.name} is for drops of {drop} points, {usual} are usual: more items show smaller ones ({where})"
+        elif gate.raised:
+            drop, usual = gate.in_words(gate.threshold), gate.in_words(USUAL[gate.name])
+            yield f"gate {gate.name} is for drops of {drop}, usual are {usual}: more items show smaller ones ({where})"
 
 
 def armed(judge: Judge, noise: Mapping[str, float], sizes: Mapping[str, int]) -> Judge:
@@ -133,15 +135,18 @@ def _power(
             threshold, disarmed = USUAL[name], f"{items:,} items show no drop below {100 * MOST:g} points"
     names = tuple(probe.name for probe in probes)
     gate = ItemGate(name, names, binary, threshold, options.action or action, options.patience, disarmed=disarmed)
-    return Power(gate, items, smallest)
+    raised = options.threshold is None and not disarmed and threshold > USUAL[name]
+    problem = disarmed or panel_problem(gate, {probe.name: probe.ids for probe in probes})
+    return Power(replace(gate, disarmed=problem, raised=raised), items, smallest)
 
 
-def _checked(power: Power, rules: RuleOptions) -> ItemGate:
-    gate, options = power.gate, getattr(rules, power.gate.name)
-    if gate.threshold >= power.smallest or options.accept_blind or gate.disarmed:
+def _checked(power: Power, suite: Suite) -> ItemGate:
+    gate, options = power.gate, getattr(suite.rules, power.gate.name)
+    if gate.threshold >= power.smallest or options.accept_blind or options.threshold is None:
         return gate
     can = f"can carry {power.smallest:.3g}" if power.smallest < 1 else "can carry none"
-    fix = f"{power.items:,} items {can}; give more items, another threshold, or accept_blind: true"
+    more = "ask more of the suite's by a higher gates.look_share" if suite.is_cut else "give more items"
+    fix = f"{power.items:,} items {can}; {more}, another threshold, or accept_blind: true"
     raise InputError(f"gates.suite rules.{gate.name}.threshold", gate.threshold, fix)
 
 

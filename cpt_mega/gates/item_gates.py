@@ -25,6 +25,7 @@ class ItemGate:
         patience: looks one behind the other that have to be hard before it acts.
         noise: by how much step 0 disagreed with itself when it was scored twice; in the unit of the threshold.
         disarmed: why it does not judge; empty where it does.
+        raised: whether the threshold is above the usual one as the items show no smaller drop; never one that was given.
     """
 
     name: str
@@ -35,6 +36,24 @@ class ItemGate:
     patience: int = 1
     noise: float = 0.0
     disarmed: str = ""
+    raised: bool = False
+
+    def in_words(self, threshold: float) -> str:
+        """A drop in this gate's unit: points of right answers, or a share of the bits per byte."""
+        return f"{100 * threshold:.3g} points" if self.binary else f"{threshold:.1%} of the bits per byte"
+
+
+def panel_problem(gate: ItemGate, ids: Mapping[str, Sequence[str]]) -> str:
+    """Why a gate could not judge these items, by probe, however their scores fall; empty where it could.
+
+    Each panel must show a drop by itself: it needs an item, and two where a mean is tested, whose error one item does not tell.
+    """
+    names = {f"{probe}/{item}" for probe in gate.probes for item in ids[probe]}
+    panels, least = split_panels(sorted(names), PANEL_SEED), 1 if gate.binary else 2
+    sizes = len(panels.main), len(panels.reserve)
+    if min(sizes) >= least:
+        return ""
+    return f"{len(names):,} items fall into panels of {sizes[0]:,} and {sizes[1]:,}, and each needs {least}: give more"
 
 
 def decide(gate: ItemGate, look: LookScores, alpha: float, looks: int) -> Decision | None:
@@ -57,8 +76,7 @@ def verdict_of(gate: ItemGate, decision: Decision, confirmed: bool, history: Seq
     hard = trailing(found == HARD for found in [*before, level])
     action = gate.action if hard >= gate.patience else WARN if level != NONE else CONTINUE
     shown = decision.together or decision.main
-    unit = f"{100 * gate.threshold:.3g} points" if gate.binary else f"{gate.threshold:.1%} of the bits per byte"
-    reason = f"{gate.name}: {_words(gate, shown)} since step 0; the gate is for {unit}"
+    reason = f"{gate.name}: {_words(gate, shown)} since step 0; the gate is for {gate.in_words(gate.threshold)}"
     if level == SOFT:
         reason += ", and the reserve does not confirm it"
     elif level == HARD and hard < gate.patience:

@@ -66,6 +66,7 @@ class Suite:
         rules: what is done about what is found; None for held-out sets alone.
         notes: what a user should know of it.
         weights: of the buckets, when a checkpoint is chosen (``selection.py``).
+        is_cut: whether not all of its items are asked, to stay within the tokens of a look.
     """
 
     name: str
@@ -76,6 +77,7 @@ class Suite:
     rules: RuleOptions | None = None
     notes: tuple[str, ...] = ()
     weights: Mapping[str, float] = field(default_factory=lambda: WeightOptions().model_dump())
+    is_cut: bool = False
 
     @property
     def digest(self) -> str:
@@ -172,7 +174,7 @@ def open_suite(
             raise InputError(f"suite probe {probe.name}", probe.name, fix)
     ends = [tokenizer.adds_bos, tokenizer.bos_id, tokenizer.eos_id]  # which its files beside the vocabulary decide
     digests, of_buckets = _digests(probes, [tokenizer.digest, ends]), _perplexities(probes)
-    told = {"rules": options.rules, "notes": notes, "weights": options.weights.model_dump()}
+    told = {"rules": options.rules, "notes": notes, "weights": options.weights.model_dump(), "is_cut": bool(notes)}
     return Suite(options.name, options.row_tokens, probes, digests, of_buckets, **told)
 
 
@@ -239,7 +241,10 @@ def perplexity_by_bucket(suite: Suite, found: Sequence[Found]) -> dict[str, floa
 def _within(
     maker: "_Maker", options: SuiteOptions, probes: tuple[Probe | Drift, ...], most_tokens: float
 ) -> tuple[tuple[Probe | Drift, ...], tuple[str, ...]]:
-    """Probes that read no more than that, about, and what there is to say about it."""
+    """Probes that read no more than that, about, and what there is to say about it.
+
+    A probe asks one item at least, as a reading of none is no reading: many probes may read more in all.
+    """
     tokens = sum(request.inputs for probe in probes for request in texts_of(probe))
     if tokens <= most_tokens:
         return probes, ()

@@ -1,5 +1,6 @@
 """From a suite's rules to gates."""
 
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
@@ -65,8 +66,40 @@ def test_a_gate_without_a_threshold_goes_with_what_its_items_show_or_does_not_ju
     assert 0.03 < found["general"].threshold < 0.06 and not found["general"].disarmed
     assert found["safety"].disarmed == "60 items show no drop below 25 points"
     notes = list(notes_on(judge))
-    assert "gate general is for drops of 4." in notes[0] and "3 are usual" in notes[0]
+    assert "gate general is for drops of 4." in notes[0] and "points, usual are 3 points" in notes[0]
     assert notes[1].startswith("gate safety is not armed: 60 items") and len(notes) == 2
+
+
+def test_a_threshold_that_was_chosen_is_not_scolded():
+    """Nor is that of answers, a share of their bits, told as points."""
+    probes = (probe("a", "general", 1000), probe("d", "general", 200, "bits_per_byte"))
+    judge = planned_judge(config(), suite(*probes, general={"threshold": 0.08}, answers={"threshold": 0.2}))
+    assert list(notes_on(judge)) == [] and gates_of(judge)["answers"].threshold == 0.2
+    blind = suite(*probes, general={"threshold": 0.01, "accept_blind": True})
+    assert list(notes_on(planned_judge(config(), blind))) == []
+
+
+@pytest.mark.parametrize(("items", "panels"), [(1, "0 and 1"), (2, "0 and 2"), (6, "1 and 5")])
+def test_a_gate_whose_items_leave_a_panel_empty_or_too_small_for_a_mean_is_not_armed_and_that_is_said(items, panels):
+    some = suite(probe("d", "general", items, "bits_per_byte"), answers={"threshold": 0.1})
+    (power,) = powers(some.rules, some, 10)
+    assert power.gate.disarmed.startswith(f"{items} items fall into panels of {panels}, and each needs 2")
+    assert power.to_json()["armed"] is False and power.to_json()["disarmed"] == power.gate.disarmed
+    (note,) = notes_on(planned_judge(config(), some))
+    assert note.startswith(f"gate answers is not armed: {items} items fall")
+
+
+def test_a_gate_of_answers_with_two_in_each_panel_is_armed():
+    some = suite(probe("d", "general", 9, "bits_per_byte"))
+    (power,) = powers(some.rules, some, 10)
+    assert not power.gate.disarmed and power.to_json()["armed"] and power.to_json()["disarmed"] is None
+
+
+def test_a_suite_that_was_cut_is_told_to_ask_more_of_its_own_items():
+    cut = replace(suite(probe("a", "general", 1000), general={"threshold": 0.01}), is_cut=True)
+    with pytest.raises(InputError, match="gates.look_share") as refusal:
+        planned_judge(config(), cut)
+    assert "give more items" not in str(refusal.value)
 
 
 def test_a_threshold_below_what_the_items_show_is_refused_unless_accepted():

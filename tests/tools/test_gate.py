@@ -63,6 +63,11 @@ def test_what_a_suite_can_show_is_told_without_measuring(folder):
     assert by_name["general"]["probes"] == ["choices", "letters", "lists"]
     done = run(*words)
     assert done.returncode == 0 and "not armed" in done.stdout and "in 20 looks" in done.stdout
+    assert "general is not armed: 24 items show no drop" in done.stdout and "10.0% of the" in done.stdout
+    lone = "name: a\nprobes:\n  answers: {bucket: general, kind: answers, items: answers.jsonl, max_items: 1}\n"
+    (folder / "lone.yaml").write_text(lone)
+    done = run("--model", folder / "hf", "--suite", folder / "lone.yaml", "--power")
+    assert done.returncode == 0 and "answers is not armed: 1 items fall into panels of" in done.stdout
 
 
 def test_a_model_without_a_tokenizer_is_refused(workers, jobsite, folder):
