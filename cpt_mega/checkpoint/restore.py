@@ -44,8 +44,8 @@ class Restore:
         state: the checkpoint's own, None for a new run.
         same_layout: whether generators fit.
         same_run: whether the run in this folder goes on; otherwise it gets an id of its own, and the checkpoint as its parent.
-        baseline, item_baseline, item_noise: step-0 readings, as TrainerState has them, that a new run which trains nothing takes
-            over: its checkpoint is judged by them.
+        baseline, item_baseline, item_noise: step-0 readings, as TrainerState has them, that a new run which trains nothing
+            takes over: its checkpoint is judged by them.
     """
 
     start: Start

@@ -41,8 +41,9 @@ class Power:
     smallest: float
 
     def to_json(self) -> dict:
-        """Plain values; ``smallest`` is None where there is none, or where it cannot be known before, ``disarmed`` where nothing
-        keeps the gate from judging."""
+        """Plain values; ``smallest`` is None where there is none, or where it cannot be known before, ``disarmed`` where it
+        judges.
+        """
         gate, smallest = self.gate, self.smallest if 0 < self.smallest < 1 else None
         told = {"gate": gate.name, "probes": list(gate.probes), "items": self.items, "threshold": gate.threshold}
         told |= {"smallest": smallest, "armed": not gate.disarmed and gate.threshold >= self.smallest}
