@@ -1,14 +1,27 @@
 """Rules of the user's own, as Python functions."""
 
+import copy
 import importlib.util
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from functools import lru_cache
 from pathlib import Path
+from types import ModuleType
 
 from cpt_mega.errors import InputError
 from cpt_mega.gates.verdict import ACTIONS, CONTINUE, HARD, NONE, SOFT, WARN, LookScores, Verdict
+from cpt_mega.lineage import text_digest
 
 Rule = Callable[[LookScores, Sequence[Mapping]], tuple[str, str] | None]
+SEEN = ("step", "tokens", "perplexity", "action", "objections")  # of a look, by those that come later
+
+
+def seen(look: Mapping) -> dict:
+    """What rules may know of an earlier look, as a copy: all of it is in the ledger, so a verdict can be taken again.
+
+    Keys: ``step``, ``tokens``, ``perplexity`` by bucket, the ``action`` taken, and ``objections``: the level (soft, hard) by rule.
+    """
+    return copy.deepcopy({"objections": {}} | {name: look[name] for name in SEEN if name in look})
 
 
 @lru_cache(maxsize=64)
@@ -16,16 +29,13 @@ def load_function(name: str) -> Rule:
     """A rule of the user's own: ``rule(look: LookScores, history) -> (action, reason)``, or None where all is well.
 
     Args:
-        name: ``path/to/file.py:function``. ``history`` are the looks before, as the run's state keeps them.
+        name: ``path/to/file.py:function``. ``history`` are the looks before, oldest first, each as ``seen`` gives it.
 
     Raises InputError for a file or a function that is not there, and a file that cannot be imported.
     """
     path, _, function = name.rpartition(":")
     try:
-        spec = importlib.util.spec_from_file_location(f"cpt_mega_rule_{Path(path).stem}", path)
-        module = importlib.util.module_from_spec(spec)
-        spec.loader.exec_module(module)
-        found = getattr(module, function)
+        found = getattr(_module(Path(path).resolve()), function)
     except Exception as error:  # the user's own code
         fix = f"cannot be used ({type(error).__name__}: {error}); give path/to/file.py:function"
         raise InputError("rules.functions", name, fix) from error
@@ -34,11 +44,35 @@ def load_function(name: str) -> Rule:
     return found
 
 
-def verdict_by_function(name: str, look: LookScores, history: Sequence[Mapping]) -> Verdict:
-    """What such a rule says. Raises InputError as ``load_function``, and for a function that fails or says something else."""
-    rule = f"function:{name.rpartition(':')[2]}"
+@lru_cache(maxsize=64)
+def _module(path: Path) -> ModuleType:
+    """A file, imported under a name that no other file has; dataclasses, for one, look their module up by its name."""
+    name = f"cpt_mega_rule_{text_digest(str(path))}"
+    spec = importlib.util.spec_from_file_location(name, path)
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[name] = module
     try:
-        said = load_function(name)(look, history)
+        spec.loader.exec_module(module)
+    except BaseException:
+        del sys.modules[name]
+        raise
+    return module
+
+
+def rule_name(name: str) -> str:
+    """What a function's rule is called in verdicts and objections: ``function:FILE.NAME``, FILE without folder and ``.py``."""
+    path, _, function = name.rpartition(":")
+    return f"function:{Path(path).stem}.{function}"
+
+
+def verdict_by_function(name: str, look: LookScores, history: Sequence[Mapping]) -> Verdict:
+    """What such a rule says; of each look in ``history`` it is given what ``seen`` leaves.
+
+    Raises InputError as ``load_function``, and for a function that fails or says something else.
+    """
+    rule = rule_name(name)
+    try:
+        said = load_function(name)(look, [seen(past) for past in history])
     except InputError:
         raise
     except Exception as error:  # the user's own code
