@@ -19,7 +19,7 @@ SEEN = ("step", "tokens", "perplexity", "action", "objections")  # of a look, by
 def seen(look: Mapping) -> dict:
     """What rules may know of an earlier look, as a copy: all of it is in the ledger, so a verdict can be taken again.
 
-    Keys: ``step``, ``tokens``, ``perplexity`` by bucket, the ``action`` taken, and ``objections``: the level (soft, hard) by rule.
+    Keys: ``step``, ``tokens``, ``perplexity`` by bucket, the ``action``, and ``objections``: the level (soft, hard) by rule.
     """
     return copy.deepcopy({"objections": {}} | {name: look[name] for name in SEEN if name in look})
 

@@ -51,6 +51,7 @@ from cpt_mega.loop.start_up import StartUp
 from cpt_mega.loop.status import Status
 from cpt_mega.loop.stragglers import Stragglers
 from cpt_mega.loop.trainer import Trainer
+from cpt_mega.loop.verdict_replay import known_at_start
 
 
 def run_session(config: Config, command: str, request: StopRequest | None = None) -> tuple[str, str]:
@@ -232,7 +233,8 @@ def _record_start(
     """The ledger's lines of a start: where from, under which contract, in what state the guard is, and with which data."""
     start = restore.start
     place = {"step": state.step, "tokens": state.tokens, "mode": start.mode, "from": str(start.folder)}
-    folder.decide({"kind": "restore", **place, **guard, "rows": restore.rows})
+    about = {"same_run": restore.same_run, "known": known_at_start(state)}
+    folder.decide({"kind": "restore", **place, **guard, **about, "rows": restore.rows})
     if stream is not None:
         folder.decide(data_entry(config, inputs.sources, inputs.lineage["corpora"], state.step, stream.state.to_json()))
 

@@ -5,15 +5,16 @@ A verdict is a pure function of these (``gates/rules.py``), so what comes out mu
 
 import json
 import math
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field, fields
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 
 from cpt_mega.checkpoint.trainer_state import TrainerState, has_state, read_state
 from cpt_mega.errors import InputError
 from cpt_mega.gates.probes.perplexity import perplexities
+from cpt_mega.gates.rule_functions import seen
 from cpt_mega.gates.rules import Judge
-from cpt_mega.gates.verdict import NONE, LookScores, strongest
+from cpt_mega.gates.verdict import NONE, LookScores, Verdict, strongest
 from cpt_mega.json_types import finite
 from cpt_mega.lineage import parse_json
 from cpt_mega.loop.run_folder import ITEMS, LEDGER, read_lines
@@ -25,8 +26,8 @@ class TakenAgain:
 
     Attributes:
         line: that of the ledger.
-        action: now.
-        difference: the first thing that is not the same, as a sentence; None where all is.
+        action: now; where a function of the user's own cannot be asked any more, that of the other rules.
+        difference: the first thing that is not the same, or why a function cannot be asked, as a sentence; None where all is.
     """
 
     line: dict
@@ -34,10 +35,28 @@ class TakenAgain:
     difference: str | None
 
 
+def known_at_start(state: TrainerState) -> dict:
+    """What gates know when a run starts, for its line in the ledger.
+
+    Only the start knows it: what was measured on items that have been changed since is dropped there, and what was done behind
+    the checkpoint is undone.
+
+    Keys: ``baseline`` by bucket; ``item_baselines``, the digests of probes whose step-0 scores there are; ``looks``, as rules
+    see them.
+    """
+    looks = [seen(look) for look in state.gate_history]
+    return {
+        "baseline": _plain(state.baseline),
+        "item_baselines": sorted(state.item_baseline),
+        "looks": [look | {"perplexity": _plain(look["perplexity"])} for look in looks],
+    }
+
+
 def take_again(run_dir: Path) -> list[TakenAgain]:
     """All decisions of gates in a run's ledger, in order.
 
-    Raises InputError for a folder that has no such ledger, or one whose lines do not say what was decided on.
+    Raises InputError for a folder that has no such ledger, one whose lines do not say what was decided on, and one whose run
+    took step-0 scores over from a checkpoint that is gone.
     """
     lines = read_lines(run_dir / LEDGER)
     if not any(line.get("kind") == "verdict" for line in lines):
@@ -72,15 +91,13 @@ class _Known:
         return None
 
     def _start(self, line: dict) -> None:
-        """A run that goes on keeps what it knew up to there; one that begins knows what its checkpoint's run did."""
-        self.history = [look for look in self.history if look["step"] <= line["step"]]
-        if line["mode"] == "full" and self.judge is not None:
-            return
-        folder = Path(line["from"])
-        state = read_state(folder) if has_state(folder) else TrainerState("", "")
-        self.baseline, self.items, self.history = dict(state.baseline), dict(state.item_baseline), []
-        if line["mode"] == "full":
-            self.history = [dict(look) for look in state.gate_history]
+        """A run knows what its checkpoint did, less what its line says was dropped; scores of items are not in that line."""
+        known = line["known"]
+        self.baseline = {bucket: _number(value) for bucket, value in known["baseline"].items()}
+        self.history = [look | {"perplexity": _numbers(look["perplexity"])} for look in known["looks"]]
+        if not self.items.keys() >= set(known["item_baselines"]):
+            self.items = _items_of(Path(line["from"])) | self.items
+        self.items = {digest: self.items[digest] for digest in known["item_baselines"]}
 
     def _take_rules(self, line: dict) -> None:
         self.judge = Judge.from_json({each.name: line[each.name] for each in fields(Judge)})
@@ -88,10 +105,11 @@ class _Known:
 
     def _take_baseline(self, line: dict) -> None:
         self.baseline = {**self.baseline, **line["perplexity"]}
+        new = set(line["digests"].values()) - self.items.keys()  # what a probe has of step 0 stays
+        self.items |= {digest: {} for digest in new}
         for item in self._look(line["items"]):
-            name = item["digest"]
-            if line["digests"].get(item["probe"]) == name and item["score"] is not None:
-                self.items.setdefault(name, {})[item["id"]] = item["score"]
+            if item["digest"] in new and item["score"] is not None:
+                self.items[item["digest"]][item["id"]] = item["score"]
 
     def _verdict(self, line: dict) -> TakenAgain:
         lines, step = list(self._look(line["items"])), line["step"]
@@ -99,17 +117,25 @@ class _Known:
         for item in lines:
             now.setdefault(item["probe"], {})[item["id"]] = _number(item["score"])
         counted = [item for item in lines if item["probe"] in self.buckets]
-        values = perplexities((item["bucket"], {k: _number(v) for k, v in item["values"].items()}) for item in counted)
+        values = perplexities((item["bucket"], _numbers(item["values"])) for item in counted)
         before = {probe: self.items.get(digest, {}) for probe, digest in self.digests.items()}
         scores = LookScores(step, line["tokens"], self.baseline, values, before, now)
         earlier = [look for look in self.history if look["step"] != step]
-        verdicts = self.judge.verdicts(scores, earlier)
-        action = strongest(verdicts) if verdicts else NONE
-        objections = {verdict.rule: verdict.level for verdict in verdicts if verdict.level != NONE}
-        look = {"step": step, "tokens": line["tokens"], "perplexity": values, "action": action}
-        self.history = [*earlier, look | {"objections": objections}]
-        said = {name: finite(value) for name, value in values.items()}
-        again = {"perplexity": said, "action": action, "verdicts": [verdict.to_json() for verdict in verdicts]}
+        look = {"step": step, "tokens": line["tokens"], "perplexity": values}
+        try:
+            verdicts = self.judge.verdicts(scores, earlier)
+        except InputError as error:  # of a function; the looks to come go by what it said then
+            then = [Verdict(**verdict) for verdict in line["verdicts"]]
+            self.history = [*earlier, look | _outcome(then)]
+            rest = replace(self.judge, functions=()).verdicts(scores, earlier)
+            return TakenAgain(line, _outcome(rest)["action"], str(error))
+        self.history = [*earlier, look | _outcome(verdicts)]
+        action = self.history[-1]["action"]
+        again = {
+            "perplexity": _plain(values),
+            "action": action,
+            "verdicts": [verdict.to_json() for verdict in verdicts],
+        }
         again = json.loads(json.dumps(again))
         return TakenAgain(line, action, _difference({name: line[name] for name in again}, again))
 
@@ -119,6 +145,30 @@ class _Known:
             stream.seek(span[0])
             for line in stream.read(span[1] - span[0]).splitlines():
                 yield parse_json(line)
+
+
+def _items_of(folder: Path) -> dict[str, dict[str, float]]:
+    """Step-0 scores that a run took over from another one's checkpoint."""
+    if not has_state(folder):
+        fix = (
+            "is the checkpoint that the run began from, and has the step-0 scores that it was judged by; bring it back"
+        )
+        raise InputError("RUN", str(folder), fix)
+    return dict(read_state(folder).item_baseline)
+
+
+def _outcome(verdicts: Sequence[Verdict]) -> dict:
+    """Of a look, as later ones see it."""
+    objections = {verdict.rule: verdict.level for verdict in verdicts if verdict.level != NONE}
+    return {"action": strongest(verdicts) if verdicts else NONE, "objections": objections}
+
+
+def _plain(values: Mapping[str, float]) -> dict[str, float | None]:
+    return {name: finite(value) for name, value in values.items()}
+
+
+def _numbers(values: Mapping[str, float | None]) -> dict[str, float]:
+    return {name: _number(value) for name, value in values.items()}
 
 
 def _number(value: float | None) -> float:
