@@ -6,6 +6,7 @@ that was done with the same command and the same code is not done again, and one
 """
 
 import argparse
+import contextlib
 import hashlib
 import json
 import math
@@ -96,6 +97,8 @@ class Step:
     command: list[str]
     outputs: tuple[str, ...]
     continues: bool = False  # cut off, it goes on where it was; others start again
+    ends: tuple[int, ...] = (0,)  # exit codes that are an end of it
+    log: str | None = None  # in DIR: its output goes there, in place of the terminal
 
 
 def main() -> int:
@@ -127,19 +130,26 @@ class Quickstart:
         self.stamps = folder / "work" / "steps"
 
     def run(self) -> int:
-        steps = plan(self.folder)
+        self.console.print(Panel(_WELCOME.format(dir=self.folder), title="cpt_mega quickstart", border_style="cyan"))
+        _, seconds = self.make(plan(self.folder))
+        return self._finish(seconds)
+
+    def make(self, steps: list[Step]) -> tuple[str, float]:
+        """Does steps, each on what those before it left; returns a key of all that was made, and the seconds it took."""
         self.stamps.mkdir(parents=True, exist_ok=True)
         for name, text in (("pretrain.yaml", PRETRAIN), ("train.yaml", TRAIN)):
             (self.folder / name).write_text(text.format(dir=self.folder, seq=SEQ_LENGTH))
-        self.console.print(Panel(_WELCOME.format(dir=self.folder), title="cpt_mega quickstart", border_style="cyan"))
         key, seconds = _code_digest(), 0.0
         for number, step in enumerate(steps, 1):
-            key = _digest(key, *step.command)
-            seconds += self._do(step, key, f"{number}/{len(steps)}")
-        return self._finish(seconds)
+            key = digest(key, *step.command)
+            seconds += self.do(step, key, f"{number}/{len(steps)}")
+        return key, seconds
 
-    def _do(self, step: Step, key: str, place: str) -> float:
-        """Does a step unless it was done; returns the seconds it took when it was."""
+    def do(self, step: Step, key: str, place: str) -> float:
+        """Does a step unless it was done under this key; returns the seconds it took when it was.
+
+        Raises CalledProcessError for an exit code that is no end of it.
+        """
         stamp = self.stamps / f"{step.name}.json"
         done = _read_json(stamp)
         if done.get("key") == key and "seconds" in done and all((self.folder / o).exists() for o in step.outputs):
@@ -152,7 +162,7 @@ class Quickstart:
                 _remove(self.folder / output)
         stamp.write_text(json.dumps({"key": key}))
         begin = time.monotonic()
-        _call(step.command)
+        _call(step, self.folder)
         seconds = time.monotonic() - begin
         stamp.write_text(json.dumps({"key": key, "seconds": seconds}))
         return seconds
@@ -395,17 +405,18 @@ def _samples_table(found: dict) -> Table:
     return table
 
 
-def _call(command: list[str]) -> None:
-    """Runs a command to its end; Ctrl-C waits for it, because it reaches the command as well and a trainer saves first."""
+def _call(step: Step, folder: Path) -> None:
+    """Runs a step to its end; Ctrl-C waits for it, because it reaches the command as well and a trainer saves first."""
     environment = {**os.environ, "PYTHONUNBUFFERED": "1", "OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "true"}
-    child = subprocess.Popen(command, cwd=ROOT, env=environment)
-    try:
-        code = child.wait()
-    except KeyboardInterrupt:
-        child.wait()
-        raise
-    if code:
-        raise subprocess.CalledProcessError(code, command)
+    with open(folder / step.log, "a") if step.log else contextlib.nullcontext() as log:
+        child = subprocess.Popen(step.command, cwd=ROOT, env=environment, stdout=log, stderr=log)
+        try:
+            code = child.wait()
+        except KeyboardInterrupt:
+            child.wait()
+            raise
+    if code not in step.ends:
+        raise subprocess.CalledProcessError(code, step.command)
 
 
 def _code_digest() -> str:
@@ -415,10 +426,10 @@ def _code_digest() -> str:
         for path in (ROOT / part).rglob("*")
         if path.suffix in (".py", ".sh", ".txt")
     )
-    return _digest(*(part for path in files for part in (str(path.relative_to(ROOT)), path.read_text())))
+    return digest(*(part for path in files for part in (str(path.relative_to(ROOT)), path.read_text())))
 
 
-def _digest(*parts: str) -> str:
+def digest(*parts: str) -> str:
     return hashlib.sha256("\0".join(parts).encode()).hexdigest()
 
 

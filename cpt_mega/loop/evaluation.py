@@ -55,6 +55,7 @@ class Evaluation(NullCallback):
         self.control, self.origin = control, origin
         self._references: dict[str, Likeliest] = {}
         self._items: list[int] | None = None  # the last look's, in items.jsonl
+        self._look_s = 0.0  # that looks took since the ledger was last told
 
     def on_start(self, trainer: Trainer) -> None:
         """Takes the baseline of every probe that has none: all at step 0, new ones when the items were changed later.
@@ -121,8 +122,7 @@ class Evaluation(NullCallback):
         readings = {one.probe.name: one.to_json()[0]["value"] for one in found if one.probe.name in missing}
         digests = {name: self.suite.digests[name] for name in missing}
         line = {"kind": "baseline", **place, "perplexity": _plain(taken), "readings": readings, "digests": digests}
-        line["items"] = self._items
-        self.folder.decide(line)
+        self.folder.decide(line | {"items": self._items, "look_s": self._taken_s()})
         return found
 
     def _judge(self, trainer: Trainer, found: list[Found] | None = None) -> None:
@@ -145,7 +145,7 @@ class Evaluation(NullCallback):
         look["judged_by"] = [verdict.rule for verdict in verdicts]
         state.gate_history = [*earlier, look]
         said = [verdict.to_json() for verdict in verdicts]
-        place = {"step": state.step, "tokens": state.tokens, "items": self._items}
+        place = {"step": state.step, "tokens": state.tokens, "items": self._items, "look_s": self._taken_s()}
         trainer.decide({"kind": "verdict", **place, "perplexity": _plain(values), "action": action, "verdicts": said})
         if action not in ("none", CONTINUE, WARN):
             trainer.complete_what_was_begun()  # a save that ends is one to go back to, and lets older ones go
@@ -213,8 +213,9 @@ class Evaluation(NullCallback):
         again = self.suite.without({probe.name for probe in self.suite.probes} - gated)
         if not gated:
             return {}
-        first = {one.probe.name: one.items for one in found}
+        first, begin = {one.probe.name: one.items for one in found}, time.perf_counter()
         found = take_look(trainer.engine, again, None, lambda: self.control.ends(trainer))
+        self._look_s += time.perf_counter() - begin
         return {digests[one.probe.name]: disagreement(first[one.probe.name], one.items) for one in found}
 
     def _arm(self, trainer: Trainer) -> None:
@@ -237,7 +238,13 @@ class Evaluation(NullCallback):
         if self.folder.writes:
             self._write(trainer, found)
             self._say(trainer, found, time.perf_counter() - begin)
+        self._look_s += time.perf_counter() - begin
         return found
+
+    def _taken_s(self) -> float:
+        """Seconds that looks took since this was last asked: what the gates cost a run."""
+        seconds, self._look_s = self._look_s, 0.0
+        return round(seconds, 3)
 
     def _write(self, trainer: Trainer, found: Sequence[Found]) -> None:
         place = {"step": trainer.state.step, "tokens": trainer.state.tokens}

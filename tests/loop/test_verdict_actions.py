@@ -97,6 +97,7 @@ def test_every_decision_is_taken_again_from_what_the_run_wrote_down(harmed):
     found = take_again(harmed)
     assert [one.action for one in found] == [line["action"] for line in ledger(harmed, "verdict")]
     assert "roll_back" in {one.action for one in found} and not any(one.difference for one in found)
+    assert all(line["look_s"] > 0 for line in ledger(harmed, "baseline", "verdict"))
 
 
 @pytest.mark.parametrize(("file", "which", "old", "new"), [
