@@ -11,7 +11,8 @@ from rich.console import Console
 
 ROOT = Path(__file__).resolve().parents[2]
 GENERAL = {"name": "general", "probes": ["p", "q"], "threshold": 0.05, "disarmed": ""}
-RULES = {"kind": "gates", "step": 0, "item_gates": [GENERAL], "perplexity_limit": 0.15}
+GAIN = {"threshold": 0.005, "budget_tokens": 300}
+RULES = {"kind": "gates", "step": 0, "item_gates": [GENERAL], "perplexity_limit": 0.15, "gain": GAIN}
 END = {"step": 20, "tokens": 200, "run_id": "r", "next_command": "", "reason": "", "state": "finished", "exit_code": 0}
 
 
@@ -125,6 +126,7 @@ def test_a_course_is_read_from_the_ledger_with_what_a_rollback_gave_up(load, har
     assert [look.accuracy for look in course.looks] == [0.6, 0.6, 0.5, 0.6]
     assert course.look_s == 2.0 and course.wall_s == 6.0  # nothing between the rollback and the next start
     assert course.perplexity_limit == 0.15 and course.items_threshold == 0.05
+    assert course.gain_limit == pytest.approx(100**0.995 / 100 - 1) and course.budget_tokens == 300
 
 
 def test_a_run_that_is_judged_again_after_its_end_is_told_of_once(load, flat):

@@ -42,6 +42,8 @@ class Course:
         lr_scale: what rollbacks left of the schedule's rate.
         weights: of the sources, as the last rollback set them; empty where none did.
         perplexity_limit, items_threshold: of the gates of general perplexity and items, as shares; None where none judges.
+        gain_limit: where domain perplexity has to be below, as a change since step 0; None where nothing asks for it.
+        budget_tokens: of the run; 0 where it is not written down.
         look_s, wall_s: seconds that looks took, and from the first line of the ledger to the last, starts left out.
     """
 
@@ -53,6 +55,8 @@ class Course:
     weights: dict[str, float]
     perplexity_limit: float | None
     items_threshold: float | None
+    gain_limit: float | None
+    budget_tokens: int
     look_s: float
     wall_s: float
 
@@ -87,10 +91,11 @@ def read_course(run: Path) -> Course:
     if status is None or not any(line["kind"] == "verdict" for line in lines):
         raise ValueError(f"{run} holds no ended run with verdicts")
     gates = [line for line in lines if line["kind"] == "gates"][-1]
+    looks, gain = tuple(_looks(run, lines)), gates["gain"]
     rolled = [line for line in lines if line["kind"] == "rollback"]
     last = rolled[-1] if rolled else {}
     return Course(
-        looks=tuple(_looks(run, lines)),
+        looks=looks,
         state=status["state"],
         exit_code=status["exit_code"],
         reason=status["reason"],
@@ -98,6 +103,8 @@ def read_course(run: Path) -> Course:
         weights=last.get("weights", {}),
         perplexity_limit=gates["perplexity_limit"],
         items_threshold=next((gate["threshold"] for gate in _general(gates) if not gate["disarmed"]), None),
+        gain_limit=None if gain is None else looks[0].perplexity["domain"] ** -gain["threshold"] - 1,
+        budget_tokens=gain["budget_tokens"] if gain else 0,
         look_s=sum(line.get("look_s", 0.0) for line in lines),
         wall_s=_seconds(lines),
     )

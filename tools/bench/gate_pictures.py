@@ -67,13 +67,19 @@ def _draw(axes, course: Course, panel: str, colour: str, label: str) -> None:
 
 
 def _draw_limit(axes, course: Course, panel: str) -> None:
-    limit = {"general": course.perplexity_limit, ITEMS: course.items_threshold and -course.items_threshold}.get(panel)
+    """Where the gates say no, and where the budget ends."""
+    limit, words = {
+        "domain": (course.gain_limit, "least gain"),
+        "general": (course.perplexity_limit, "limit"),
+        ITEMS: (course.items_threshold and -course.items_threshold, "what the gate is for"),
+    }[panel]
     if limit is not None:
         axes.axhline(100 * limit, color="tab:red", linestyle="-.", linewidth=1)
-        words = f"limit {limit:+.0%}" if panel == "general" else f"the gate is for {100 * -limit:.1f} points"
-        axes.annotate(
-            words, (0.995, 100 * limit), xycoords=("axes fraction", "data"), ha="right", va="bottom", color="tab:red"
-        )
+        place = {"xycoords": ("axes fraction", "data"), "textcoords": "offset points", "color": "tab:red"}
+        side = {"xytext": (0, -3), "va": "top"} if limit > 0 else {"xytext": (0, 3), "va": "bottom"}
+        axes.annotate(f"{words}: {100 * limit:+.1f}", (0.01, 100 * limit), **place, **side)
+    if course.budget_tokens:
+        axes.axvline(course.budget_tokens / 1000, color="grey", linestyle="-.", linewidth=1)
 
 
 def _point(course: Course, look: Look, panel: str) -> tuple[float, float]:
@@ -88,4 +94,5 @@ def _legend(figure, axes, courses: Mapping[int, Course]) -> None:
             axes.plot([], [], mark, color="white", markersize=9, markeredgecolor="black", label=f"a {level} verdict")
     if any(course.rollbacks for course in courses.values()):
         axes.plot([], [], "--", color="black", label="went back to a checkpoint")
+    axes.plot([], [], "-.", color="grey", label="the budget")
     figure.legend(*axes.get_legend_handles_labels(), loc="outside lower center", ncols=3)

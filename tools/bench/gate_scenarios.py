@@ -11,7 +11,9 @@ that only warn. Of every run all decisions are taken again (``tools/replay_ledge
 """
 
 import argparse
+import importlib.util
 import json
+import shlex
 import subprocess
 import sys
 from dataclasses import dataclass
@@ -30,7 +32,7 @@ from rich.console import Console  # noqa: E402
 from rich.table import Table  # noqa: E402
 
 from cpt_mega.command_line import run_tool  # noqa: E402
-from cpt_mega.errors import FaultError  # noqa: E402
+from cpt_mega.errors import FaultError, InputError  # noqa: E402
 from cpt_mega.gates.rules import GAIN, PERPLEXITY  # noqa: E402
 from cpt_mega.loop.run_folder import read_status  # noqa: E402
 
@@ -114,9 +116,15 @@ def main() -> int:
     parser.add_argument("--seeds", type=int, default=3, metavar="N", help="runs of each scenario (default 3)")
     parser.add_argument("--report", action="store_true", help="only judge and draw again what is in DIR")
     options = parser.parse_args()
+    if importlib.util.find_spec("matplotlib") is None:  # before the runs, not behind them
+        raise InputError("matplotlib", "missing", "it draws the pictures: pip install 'cpt_mega[plots]'")
     folder, console = options.dir.expanduser().absolute(), Console(highlight=False)
     if not options.report:
-        run_all(folder, options.seeds, console)
+        try:
+            run_all(folder, options.seeds, console)
+        except subprocess.CalledProcessError as error:
+            words = f"{shlex.join(error.cmd)} ended with exit code {error.returncode}"
+            raise FaultError(f"{words}; see its output, or the log named above; the same command goes on") from error
     runs = [told(folder, scenario, seed) for scenario in SCENARIOS for seed in range(1, options.seeds + 1)]
     return report(folder, runs, console)
 
@@ -176,7 +184,7 @@ def _tool(name: str, *words: str) -> subprocess.CompletedProcess:
 
 def _choice(found: dict) -> str:
     j = next(one["j"]["value"] for one in found["candidates"] if one["step"] == found["step"])
-    return f"step {found['step']} of {', '.join(str(one['step']) for one in found['candidates'])} (J {j:+.1f})"
+    return f"step {found['step']} of {', '.join(str(one['step']) for one in found['candidates'])} (J {100 * j:+.1f})"
 
 
 def report(folder: Path, runs: list[Run], console: Console) -> int:
