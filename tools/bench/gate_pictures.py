@@ -75,9 +75,7 @@ def _draw_limit(axes, course: Course, panel: str) -> None:
     }[panel]
     if limit is not None:
         axes.axhline(100 * limit, color="tab:red", linestyle="-.", linewidth=1)
-        place = {"xycoords": ("axes fraction", "data"), "textcoords": "offset points", "color": "tab:red"}
-        side = {"xytext": (0, -3), "va": "top"} if limit > 0 else {"xytext": (0, 3), "va": "bottom"}
-        axes.annotate(f"{words}: {100 * limit:+.1f}", (0.01, 100 * limit), **place, **side)
+        axes.set_title(f"{words}: {100 * limit:+.1f}", loc="right", fontsize="small", color="tab:red", pad=3)
     if course.budget_tokens:
         axes.axvline(course.budget_tokens / 1000, color="grey", linestyle="-.", linewidth=1)
 

@@ -7,7 +7,7 @@ First the quickstart's own steps, up to the imported base model. Then every scen
 ``launch/torchrun.sh``, one process, with a suite that extends ``configs/gates/general.yaml``; the harmful one also with gates
 that only warn. Of every run all decisions are taken again (``tools/replay_ledger.py``), and a checkpoint is asked for
 (``tools/select_checkpoint.py``). Exit code 1 when anything is not as promised. Ctrl-C is safe: the same command goes on.
-``--report`` judges and draws again what is in DIR. About 25 minutes on one core. Needs the extra ``plots``.
+``--report`` judges and draws again what is in DIR. About 25 minutes. Needs the extra ``plots``.
 """
 
 import argparse
