@@ -41,12 +41,13 @@ def known_at_start(state: TrainerState) -> dict:
     Only the start knows it: what was measured on items that have been changed since is dropped there, and what was done behind
     the checkpoint is undone.
 
-    Keys: ``baseline`` by bucket; ``item_baselines``, the digests of probes whose step-0 scores there are; ``looks``, as rules
-    see them.
+    Keys: ``baseline`` by bucket, and ``baseline_tokens``, where it was taken; ``item_baselines``, the digests of probes whose
+    step-0 scores there are; ``looks``, as rules see them.
     """
     looks = [seen(look) for look in state.gate_history]
     return {
         "baseline": _plain(state.baseline),
+        "baseline_tokens": state.baseline_tokens,
         "item_baselines": sorted(state.item_baseline),
         "looks": [look | {"perplexity": _plain(look["perplexity"])} for look in looks],
     }
@@ -80,6 +81,7 @@ class _Known:
     digests: dict[str, str] = field(default_factory=dict)
     buckets: dict[str, str] = field(default_factory=dict)  # of the probes of perplexity
     baseline: dict[str, float] = field(default_factory=dict)
+    since: dict[str, int] = field(default_factory=dict)  # tokens at which a bucket's was taken
     items: dict[str, dict[str, float]] = field(default_factory=dict)  # at step 0, by digest
     history: list[dict] = field(default_factory=list)
 
@@ -93,7 +95,7 @@ class _Known:
     def _start(self, line: dict) -> None:
         """A run knows what its checkpoint did, less what its line says was dropped; scores of items are not in that line."""
         known = line["known"]
-        self.baseline = {bucket: _number(value) for bucket, value in known["baseline"].items()}
+        self.baseline, self.since = _numbers(known["baseline"]), dict(known["baseline_tokens"])
         self.history = [look | {"perplexity": _numbers(look["perplexity"])} for look in known["looks"]]
         if not self.items.keys() >= set(known["item_baselines"]):
             self.items = _items_of(Path(line["from"])) | self.items
@@ -104,7 +106,8 @@ class _Known:
         self.digests, self.buckets = line["digests"], line["perplexity_probes"]
 
     def _take_baseline(self, line: dict) -> None:
-        self.baseline = {**self.baseline, **line["perplexity"]}
+        self.baseline = {**self.baseline, **_numbers(line["perplexity"])}
+        self.since = {**self.since, **dict.fromkeys(line["perplexity"], line["tokens"])}
         new = set(line["digests"].values()) - self.items.keys()  # what a probe has of step 0 stays
         self.items |= {digest: {} for digest in new}
         for item in self._look(line["items"]):
@@ -119,7 +122,7 @@ class _Known:
         counted = [item for item in lines if item["probe"] in self.buckets]
         values = perplexities((item["bucket"], _numbers(item["values"])) for item in counted)
         before = {probe: self.items.get(digest, {}) for probe, digest in self.digests.items()}
-        scores = LookScores(step, line["tokens"], self.baseline, values, before, now)
+        scores = LookScores(step, line["tokens"], self.baseline, values, before, now, self.since)
         earlier = [look for look in self.history if look["step"] != step]
         look = {"step": step, "tokens": line["tokens"], "perplexity": values}
         try:

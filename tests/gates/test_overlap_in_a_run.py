@@ -88,6 +88,7 @@ def test_more_than_the_limit_is_refused_and_less_is_written_down_and_nothing_is_
     assert first["looked_at"] == {"leaky": 1.0, "replay": 1.0} and first["not_judged"] == ["lists"]
 
 
+@pytest.mark.full
 def test_held_out_corpora_are_judged_too_and_changed_ones_again(workers, jobsite, site, tmp_path):
     (folder, words), run = site, tmp_path / "run"
     held = f"eval.sets=[{{path: {tmp_path}/held, bucket: general}}]"

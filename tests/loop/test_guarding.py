@@ -151,6 +151,7 @@ def poisoned(tmp_path_factory):
     ]
 
 
+@pytest.mark.full
 def test_a_poisoned_run_goes_back_leaves_out_what_poisoned_it_and_can_be_told_again(
     workers, jobsite, tmp_path, poisoned
 ):

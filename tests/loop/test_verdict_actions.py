@@ -161,6 +161,7 @@ def test_a_run_that_a_gate_anneals_ends_early_at_rate_zero_and_goes_on_as_an_unb
     assert [x["lr"] for x in metrics(tmp_path / "b", "train")] == [x["lr"] for x in lines]
 
 
+@pytest.mark.full
 def test_a_late_anneal_still_comes_to_rate_zero_and_says_so(workers, jobsite, tmp_path):
     words = [*HARMFUL, "gates.action=anneal", "gates.anneal_tokens=9000"]
     assert trained(workers, jobsite, tmp_path, *words) == "finished"

@@ -12,6 +12,7 @@ from cpt_mega.loop.verdict_replay import take_again
 from tests.helpers.models import tiny_llama
 from tests.helpers.suites import write_suite
 
+pytestmark = pytest.mark.full  # what every commit shows of it is in test_verdict_actions.py
 SUITE = """\
 name: small
 row_tokens: 64
