@@ -23,9 +23,11 @@ from dataclasses import dataclass, field, replace
 import numpy as np
 
 from cpt_mega.gates.changes import Estimate, Measure, resampled_changes, total
+from cpt_mega.gates.rules import GAIN, PRICE
 
 BUCKETS = ("domain", "general", "behaviour", "safety")
 OBJECTIONS = ("stop", "roll_back")  # actions of a gate
+FLAT = {GAIN, PRICE}  # rules that find no harm, only too little gain
 _RESAMPLES, _CONFIDENCE = 1_000, 0.95
 
 
@@ -86,7 +88,17 @@ class Choice:
 
 def healthy_steps(history: Sequence[dict]) -> list[int]:
     """Steps at which the gates judged and did not object, oldest first."""
-    return [look["step"] for look in history if look["action"] not in ("none", *OBJECTIONS)]
+    return [look["step"] for look in history if look["action"] != "none" and not _found_harm(look)]
+
+
+def objected_steps(history: Sequence[dict]) -> set[int]:
+    """Steps at which a gate found harm, whatever was done about it: patience and ``action: warn`` do not make it good."""
+    return {look["step"] for look in history if _found_harm(look)}
+
+
+def _found_harm(look: Mapping) -> bool:
+    hard = {rule for rule, level in look.get("objections", {}).items() if level == "hard"}
+    return look["action"] in OBJECTIONS or bool(hard - FLAT)
 
 
 def passed_steps(history: Sequence[dict]) -> list[int]:
@@ -183,8 +195,8 @@ def paired_difference(
 def _candidate(look: dict, measured_on: Mapping[str, dict], weights: Mapping[str, float]) -> Candidate:
     scores, place = look.get("scores") or {}, (look["step"], look["tokens"])
     changes = {bucket: _estimate(scores[bucket]) for bucket in BUCKETS if bucket in scores}
-    if look["action"] in OBJECTIONS:
-        objection = f"a gate objected ({look['action']})"
+    if _found_harm(look):
+        objection = f"a gate found harm ({look['action']})"
     elif not scores:
         objection = "no items were compared with step 0"
     elif {bucket: scores[bucket]["of"] for bucket in changes} != measured_on:

@@ -36,7 +36,7 @@ from cpt_mega.gates.anomaly import (
     judge,
     rollback_target,
 )
-from cpt_mega.gates.selection import OBJECTIONS
+from cpt_mega.gates.selection import objected_steps
 from cpt_mega.gates.steering import Steering
 from cpt_mega.hf.locate import complete_steps
 from cpt_mega.json_types import finite
@@ -160,7 +160,7 @@ class AnomalyGuard(NullCallback):
 
     def _checkpoints(self) -> list[int]:
         """Steps of those that no gate objected to."""
-        bad = {look["step"] for look in self.state.gate_history if look["action"] in OBJECTIONS}
+        bad = objected_steps(self.state.gate_history)
         return [step for step in complete_steps(self.run_dir) if step not in bad]
 
     def _made(self) -> int:

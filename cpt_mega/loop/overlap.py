@@ -146,6 +146,8 @@ def check_overlap(
             answer = None
         except (InputError, FaultError) as error:
             answer = error
+        except Exception as error:  # the others wait for an answer
+            answer = FaultError(f"items could not be looked for in the data: {error!r}")
         mesh.share(answer)
     if isinstance(answer, Exception):
         raise answer

@@ -10,7 +10,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from cpt_mega.gates.changes import Measure
-from cpt_mega.gates.selection import BUCKETS, choose, explained, healthy_steps, paired_difference, passed_steps
+from cpt_mega.gates.selection import (
+    BUCKETS,
+    choose,
+    explained,
+    healthy_steps,
+    objected_steps,
+    paired_difference,
+    passed_steps,
+)
 
 fixed = partial(settings, deadline=None, derandomize=True)
 EQUAL = dict.fromkeys(BUCKETS, 1.0)
@@ -192,3 +200,11 @@ def test_what_a_gate_goes_back_to_has_not_even_a_warning():
     actions = ["none", "continue", "warn", "continue", "stop", "anneal"]
     history = [{"step": step, "action": action} for step, action in enumerate(actions)]
     assert passed_steps(history) == [1, 3]
+
+
+def test_harm_that_was_only_warned_of_is_not_chosen_and_too_little_gain_is_no_harm():
+    harmed = look(2, "warn", domain=0.5, general=0.0) | {"objections": {"general": "hard"}}
+    soft = look(3, "warn", domain=0.4, general=0.0) | {"objections": {"general": "soft", "domain_gain": "hard"}}
+    history = [look(1, domain=0.1, general=0.0), harmed, soft]
+    assert choose(history, {1, 2, 3}).step == 3
+    assert objected_steps(history) == {2} and healthy_steps(history) == [1, 3] and passed_steps(history) == [1]

@@ -150,7 +150,9 @@ def test_what_gates_objected_to_is_not_chosen(run, checkpoint_tool, tmp_path):
 
     found = told(checkpoint_tool, copied(run, tmp_path / "other", object_to))
     assert found["step"] != chosen
-    assert [one["objection"] for one in found["candidates"] if one["step"] == chosen] == ["a gate objected (roll_back)"]
+    assert [one["objection"] for one in found["candidates"] if one["step"] == chosen] == [
+        "a gate found harm (roll_back)"
+    ]
 
 
 def looked(action):
@@ -170,7 +172,7 @@ def old(state):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (looked("stop"), "a gate objected (stop): step "),
+        (looked("stop"), "a gate found harm (stop): step "),
         (looked(None), "no look at it"),
         (old, "no items were compared"),
     ],
