@@ -9,7 +9,7 @@ from cpt_mega.checkpoint.trainer_state import STATE_FILE, read_state
 from cpt_mega.hf.convert import import_hf
 from cpt_mega.lineage import COMPLETE, MANIFEST, seal_folder
 from cpt_mega.loop.run_folder import read_lines
-from tests.helpers.jobsite import checkpoint_tensors, metrics
+from tests.helpers.jobsite import checkpoint_tensors, metrics, status
 from tests.helpers.models import tiny_llama
 from tests.helpers.suites import FILES, SUITE, write_suite
 from tests.helpers.workers import JobFailed
@@ -176,3 +176,25 @@ def test_a_suite_that_is_none_is_refused_before_anything_is_made(workers, jobsit
             "train", config=jobsite.config, overrides=[f"run.dir={tmp_path / 'run'}", *words, f"gates.suite={suite}"]
         )
     assert not (tmp_path / "run" / "status.json").exists()
+
+
+@pytest.mark.full
+def test_a_rule_that_fails_ends_the_run_with_what_it_has_and_a_mended_one_judges_first(
+    workers, jobsite, words, tmp_path
+):
+    """On all ranks; what was trained up to there is saved."""
+    run, rules = tmp_path / "run", tmp_path / "own.py"
+    text = "rules: {functions: ['own.py:rule'], gain: null}\n"
+    suite = write_suite(tmp_path, SUITE + text)
+    told = [f"run.dir={run}", *words, "parallel.tp=2", f"gates.suite={suite}", "eval.sets=[]"]
+    told += ["eval.interval_tokens=500", "eval.dense_start=false"]
+    rules.write_text("def rule(look, history):\n    return history[1]['nothing'] if history else None\n")
+    state, reason = workers(2).run("train", config=jobsite.config, overrides=told)[0]
+    assert state == "config_error" and "rules.functions" in reason and "own.py" in reason
+    (checkpoint,) = [x for x in sorted((run / "checkpoints").glob("iter_*")) if read_state(x).look_pending]
+    assert status(run)["exit_code"] == 2 and read_state(checkpoint).step == status(run)["step"] > 2
+    rules.write_text("def rule(look, history):\n    return ('warn', 'mended') if history else None\n")
+    workers(2).stop()  # a file is imported once by a process
+    assert workers(2).run("train", config=jobsite.config, overrides=told)[0][0] == "finished"
+    judged = [line["step"] for line in read_lines(run / "ledger.jsonl") if line["kind"] == "verdict"]
+    assert int(checkpoint.name.removeprefix("iter_")) in judged
