@@ -119,6 +119,7 @@ def test_it_may_be_left_out_and_nothing_is_judged_where_nothing_is_trained(worke
         assert not (run / "overlap.json").exists() and not _ledger(run)
 
 
+@pytest.mark.full
 def test_the_others_wait_while_one_looks_and_a_signal_ends_it(workers, jobsite, site, tmp_path):
     run = tmp_path / "run"
     words = [f"run.dir={run}", *site[1], "gates.max_overlap=0.1"]

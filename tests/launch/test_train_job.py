@@ -219,7 +219,7 @@ def test_what_cannot_be_right_is_refused(words, environment, message):
 
 
 KINDS = [
-    pytest.param("small", id="processes"),
+    pytest.param("small", id="processes", marks=pytest.mark.full),
     pytest.param("real", id="slurm", marks=pytest.mark.full),
 ]
 

@@ -52,6 +52,7 @@ def test_a_suite_that_is_none_is_one_line(folder, tmp_path):
     assert "Traceback" not in done.stderr
 
 
+@pytest.mark.full
 def test_what_a_suite_can_show_is_told_without_measuring(folder):
     words = ("--model", folder / "hf", "--suite", folder / "suite.yaml", "--power")
     done = run(*words, "--looks", "7", "--json")
