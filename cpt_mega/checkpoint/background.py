@@ -1,8 +1,10 @@
 """Work beside a loop of steps: in a forked process where the loop goes on, in a thread where it waits.
 
 A forked process' memory is what the parent's was at the fork, whatever comes after. But a lock that another thread of the
-parent holds at that moment stays locked there for good, and not all are known: libraries have threads of their own. So a
-process that does nothing any more is ended, and what waits for it is told. A thread has no such hazard.
+parent holds at that moment stays locked there for good, and not all are known: libraries have threads of their own. One is
+the interpreter's: a thread of Gloo that drops the last reference to a tensor, just after a collective, enters the interpreter,
+and CPython 3.11 forked at that moment never comes out of ``os.fork`` in the child. So the fork waits until the other threads
+sleep; and a process that does nothing any more is ended, and what waits for it is told. A thread has no such hazard.
 """
 
 import ctypes
@@ -12,12 +14,14 @@ import signal
 import time
 import traceback
 from collections.abc import Callable
-from threading import Thread
+from pathlib import Path
+from threading import Thread, get_native_id
 
 import psutil
 import torch
 
-STILL_S = 300.0  # without computing, reading or writing anything
+STILL_S = 60.0  # without computing, reading or writing anything
+REST_S = 0.5  # waited at most for the other threads: one that polls a device may never sleep
 _LOOK_S = 1.0
 _KILLED = "the process that wrote it was killed"
 _prctl = ctypes.CDLL(None).prctl  # looked up here: in the child it would take the loader's lock
@@ -36,6 +40,7 @@ class ForkedCall:
         context = multiprocessing.get_context("fork")
         self._answers, answer = context.Pipe(duplex=False)
         self._process = context.Process(target=_work, args=(work, answer))
+        _let_threads_rest()
         before = signal.pthread_sigmask(signal.SIG_BLOCK, _OF_THE_JOB)  # until the child ignores them
         try:
             self._process.start()
@@ -109,6 +114,26 @@ class ThreadedCall:
 
     def _do(self, work: Callable[[], object]) -> None:
         self._found = _answered(work)
+
+
+def _let_threads_rest() -> None:
+    """Waits until every other thread of this process sleeps, which one that holds a lock for a moment does not."""
+    end = time.monotonic() + REST_S
+    time.sleep(0.001)  # and lets go of the interpreter, for which some may be waiting
+    while _works_elsewhere() and time.monotonic() < end:
+        time.sleep(0.001)
+
+
+def _works_elsewhere() -> bool:
+    """Whether another thread is running or waits for a disk."""
+    for task in Path("/proc/self/task").iterdir():
+        try:
+            state = (task / "stat").read_text().rpartition(")")[2].split()[0]
+        except OSError:  # it has just ended
+            continue
+        if state in "RD" and int(task.name) != get_native_id():
+            return True
+    return False
 
 
 def _done_by(pid: int) -> tuple | None:
