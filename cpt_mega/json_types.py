@@ -7,6 +7,7 @@ fraction.
 
 import math
 import re
+from collections.abc import Mapping
 from dataclasses import MISSING, dataclass, fields, is_dataclass
 from types import UnionType
 from typing import Annotated, Any, NotRequired, Union, get_args, get_origin, get_type_hints, is_typeddict
@@ -42,6 +43,11 @@ Digest = Annotated[str, Pattern("[0-9a-f]{64}")]
 def finite(value: float) -> float | None:
     """What JSON can hold of a number: None in place of NaN and infinities."""
     return value if math.isfinite(value) else None
+
+
+def finite_values(values: Mapping[str, float]) -> dict[str, float | None]:
+    """Each as ``finite`` has it."""
+    return {name: finite(value) for name, value in values.items()}
 
 
 def type_problem(value: object, hint: Any, name: str = "") -> str | None:

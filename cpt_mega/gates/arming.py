@@ -99,13 +99,13 @@ def armed(judge: Judge, noise: Mapping[str, float], sizes: Mapping[str, int]) ->
     return replace(judge, item_gates=tuple(_with_noise(gate, noise, sizes) for gate in judge.item_gates))
 
 
-def disagreement(first: Sequence[ItemScore], second: Sequence[ItemScore]) -> float:
+def disagreement(probe: Probe, first: Sequence[ItemScore], second: Sequence[ItemScore]) -> float:
     """Between two scorings of one model: of right or wrong items the share that changed, of others a share of their mean."""
     pairs = [(a.score, b.score) for a, b in zip(first, second, strict=True) if math.isfinite(a.score + b.score)]
     if not pairs:
         return 0.0
     before, now = zip(*pairs, strict=True)
-    size = 1.0 if {*before, *now} <= {0.0, 1.0} else abs(fmean(before))
+    size = 1.0 if probe.scale == RIGHT_OR_WRONG else abs(fmean(before))
     return self_disagreement(before, now) / size if size else 0.0
 
 

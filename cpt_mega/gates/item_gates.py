@@ -71,6 +71,11 @@ def decide(gate: ItemGate, look: LookScores, alpha: float, looks: int) -> Decisi
 
 
 def verdict_of(gate: ItemGate, decision: Decision, confirmed: bool, history: Sequence[Mapping]) -> Verdict:
+    """Hard when it is ``confirmed`` over all gates, which acts after ``patience`` looks; soft when it fired for itself alone.
+
+    Args:
+        history: looks before this one, oldest first.
+    """
     level = HARD if confirmed else SOFT if decision.fired else NONE
     before = [look.get("objections", {}).get(gate.name) for look in history]
     hard = trailing(found == HARD for found in [*before, level])

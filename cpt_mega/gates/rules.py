@@ -15,6 +15,7 @@ from cpt_mega.gates.rule_functions import verdict_by_function
 from cpt_mega.gates.verdict import CONTINUE, HARD, NONE, SOFT, STOP, LookScores, Verdict, trailing
 
 PERPLEXITY, GAIN, PRICE = "general_perplexity_limit", "domain_gain", "domain_price"
+FLAT = {GAIN, PRICE}  # they find no harm, only too little gain
 
 
 @dataclass(frozen=True)
@@ -138,14 +139,9 @@ def domain_gain(gate: GainGate, look: LookScores, history: Sequence[Mapping]) ->
     ]
     if not gains:
         return []
-    missed = trailing(gain < gate.threshold or math.isnan(gain) for gain in gains)
-    hard = missed >= gate.patience
     reason = f"domain loss is {gains[-1]:.2%} below its step-0 value; the least is {gate.threshold:.2%}"
-    if missed:
-        reason += f", missed at {missed} looks of {gate.patience}" + (_saved(gate, look) if hard else "")
-    numbers = {"gain": gains[-1], "threshold": gate.threshold, "missed": missed, "patience": gate.patience}
-    level = HARD if hard else SOFT if missed else NONE
-    return [Verdict(GAIN, level, gate.action if hard else CONTINUE, reason, numbers)]
+    numbers = {"gain": gains[-1], "threshold": gate.threshold}
+    return [_flat(gate, look, GAIN, reason, numbers, [not gain >= gate.threshold for gain in gains])]
 
 
 def domain_price(gate: GainGate, look: LookScores, history: Sequence[Mapping]) -> list[Verdict]:
@@ -155,14 +151,19 @@ def domain_price(gate: GainGate, look: LookScores, history: Sequence[Mapping]) -
     falls = [1e9 * (loss - after) / (end - start) for (start, loss), (end, after) in steps if end > start]
     if gate.price is None or not falls:
         return []
-    missed = trailing(fall < gate.price or math.isnan(fall) for fall in falls)
-    hard = missed >= gate.patience
     reason = f"domain loss falls by {falls[-1]:.3g} nats per billion tokens; the price is {gate.price:g}"
+    numbers = {"fall": falls[-1], "price": gate.price}
+    return [_flat(gate, look, PRICE, reason, numbers, [not fall >= gate.price for fall in falls])]
+
+
+def _flat(gate: GainGate, look: LookScores, rule: str, reason: str, numbers: dict, misses: Sequence[bool]) -> Verdict:
+    """``misses``: whether each look so far missed what the rule asks for."""
+    missed = trailing(misses)
+    level = HARD if missed >= gate.patience else SOFT if missed else NONE
     if missed:
-        reason += f", missed at {missed} looks of {gate.patience}" + (_saved(gate, look) if hard else "")
-    numbers = {"fall": falls[-1], "price": gate.price, "missed": missed, "patience": gate.patience}
-    level = HARD if hard else SOFT if missed else NONE
-    return [Verdict(PRICE, level, gate.action if hard else CONTINUE, reason, numbers)]
+        reason += f", missed at {missed} looks of {gate.patience}" + (_saved(gate, look) if level == HARD else "")
+    numbers = numbers | {"missed": missed, "patience": gate.patience}
+    return Verdict(rule, level, gate.action if level == HARD else CONTINUE, reason, numbers)
 
 
 def _domain_losses(look: LookScores, history: Sequence[Mapping]) -> list[tuple[int, float]]:

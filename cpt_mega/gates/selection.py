@@ -19,15 +19,17 @@ difference, as both are of the same items: ``paired_difference`` resamples these
 import math
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from typing import get_args
 
 import numpy as np
 
 from cpt_mega.gates.changes import Estimate, Measure, resampled_changes, total
-from cpt_mega.gates.rules import GAIN, PRICE
+from cpt_mega.gates.rules import FLAT
+from cpt_mega.gates.suite_schema import Bucket
+from cpt_mega.gates.verdict import CONTINUE, HARD, NOT_JUDGED, ROLL_BACK, STOP
 
-BUCKETS = ("domain", "general", "behaviour", "safety")
-OBJECTIONS = ("stop", "roll_back")  # actions of a gate
-FLAT = {GAIN, PRICE}  # rules that find no harm, only too little gain
+BUCKETS = get_args(Bucket)
+OBJECTIONS = (STOP, ROLL_BACK)  # actions of a gate
 _RESAMPLES, _CONFIDENCE = 1_000, 0.95
 
 
@@ -88,7 +90,7 @@ class Choice:
 
 def healthy_steps(history: Sequence[dict]) -> list[int]:
     """Steps at which the gates judged and did not object, oldest first."""
-    return [look["step"] for look in history if look["action"] != "none" and not _found_harm(look)]
+    return [look["step"] for look in history if look["action"] != NOT_JUDGED and not _found_harm(look)]
 
 
 def objected_steps(history: Sequence[dict]) -> set[int]:
@@ -97,13 +99,13 @@ def objected_steps(history: Sequence[dict]) -> set[int]:
 
 
 def _found_harm(look: Mapping) -> bool:
-    hard = {rule for rule, level in look.get("objections", {}).items() if level == "hard"}
-    return look["action"] in OBJECTIONS or bool(hard - FLAT)
+    hard = {rule for rule, level in look.get("objections", {}).items() if level == HARD}
+    return bool(hard - FLAT) or (look["action"] in OBJECTIONS and not hard)
 
 
 def passed_steps(history: Sequence[dict]) -> list[int]:
     """Steps at which the gates judged and had nothing to say, not even a warning, oldest first: what a gate goes back to."""
-    return [look["step"] for look in history if look["action"] == "continue"]
+    return [look["step"] for look in history if look["action"] == CONTINUE]
 
 
 def choose(history: Sequence[dict], among: Collection[int], weights: Mapping[str, float] | None = None) -> Choice:

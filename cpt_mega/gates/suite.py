@@ -64,9 +64,8 @@ class Suite:
         digests: by probe.
         of_buckets: names of the probes that make up the perplexity of their bucket.
         rules: what is done about what is found; None for held-out sets alone.
-        notes: what a user should know of it.
+        notes: what a user should know of it: that not all items are asked, to stay within the tokens of a look.
         weights: of the buckets, when a checkpoint is chosen (``selection.py``).
-        is_cut: whether not all of its items are asked, to stay within the tokens of a look.
     """
 
     name: str
@@ -77,7 +76,6 @@ class Suite:
     rules: RuleOptions | None = None
     notes: tuple[str, ...] = ()
     weights: Mapping[str, float] = field(default_factory=lambda: WeightOptions().model_dump())
-    is_cut: bool = False
 
     @property
     def digest(self) -> str:
@@ -101,6 +99,11 @@ class Suite:
     def drifts(self) -> list[Drift]:
         """Probes that compare with an earlier model."""
         return [probe for probe in self.probes if isinstance(probe, Drift)]
+
+    @property
+    def is_cut(self) -> bool:
+        """Whether not all of its items are asked."""
+        return bool(self.notes)
 
     def without(self, names: Collection[str]) -> "Suite":
         """Without some probes."""
@@ -174,7 +177,7 @@ def open_suite(
             raise InputError(f"suite probe {probe.name}", probe.name, fix)
     ends = [tokenizer.adds_bos, tokenizer.bos_id, tokenizer.eos_id]  # which its files beside the vocabulary decide
     digests, of_buckets = _digests(probes, [tokenizer.digest, ends]), _perplexities(probes)
-    told = {"rules": options.rules, "notes": notes, "weights": options.weights.model_dump(), "is_cut": bool(notes)}
+    told = {"rules": options.rules, "notes": notes, "weights": options.weights.model_dump()}
     return Suite(options.name, options.row_tokens, probes, digests, of_buckets, **told)
 
 

@@ -7,6 +7,7 @@ from cpt_mega.json_types import finite
 
 CONTINUE, WARN, ANNEAL, ROLL_BACK, STOP = "continue", "warn", "anneal", "roll_back", "stop"
 ACTIONS = (CONTINUE, WARN, ANNEAL, ROLL_BACK, STOP)  # the later, the stronger
+NOT_JUDGED = "none"  # the action of a look that no rule says anything of
 NONE, SOFT, HARD = "none", "soft", "hard"
 
 
@@ -48,6 +49,12 @@ class LookScores:
 def strongest(verdicts: Sequence[Verdict]) -> str:
     """The action that is taken; CONTINUE where no rule says anything."""
     return max((verdict.action for verdict in verdicts), key=ACTIONS.index, default=CONTINUE)
+
+
+def outcome(verdicts: Sequence[Verdict]) -> dict:
+    """Of a look, as later ones see it: the ``action``, and ``objections``, the level (soft, hard) by rule."""
+    objections = {verdict.rule: verdict.level for verdict in verdicts if verdict.level != NONE}
+    return {"action": strongest(verdicts) if verdicts else NOT_JUDGED, "objections": objections}
 
 
 def trailing(found: Iterable[bool]) -> int:

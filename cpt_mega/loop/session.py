@@ -40,6 +40,7 @@ from cpt_mega.loop.hangs import HangWatch
 from cpt_mega.loop.housekeeping import Housekeeping, collected_together
 from cpt_mega.loop.identity import Identity, check_identity, has_moved, no_values_note, reference_values
 from cpt_mega.loop.inputs import Inputs, mean_shares, open_inputs, open_stream
+from cpt_mega.loop.judging import Judging
 from cpt_mega.loop.overlap import check_overlap
 from cpt_mega.loop.profiling import Profiling
 from cpt_mega.loop.replay import data_entry
@@ -148,6 +149,7 @@ def _run_claimed(
     going_on = state.step if restore.same_run else None
     checkpoints = Checkpoints(restore.start.folder, names, folder, console, going_on)
     control = Control(request, folder)
+    judging = Judging(inputs.suite, inputs.judge, folder, console, restore.start.folder)
     trainer.callbacks = [
         Logging(folder, reporters, console),
         Profiling(config.profile, folder.path, mesh.rank, console),
@@ -157,7 +159,7 @@ def _run_claimed(
         Housekeeping(),
         Stragglers(folder, console),
         AdaptiveWeights(),
-        Evaluation(inputs.suite, inputs.judge, folder, reporters, console, control, restore.start.folder),
+        Evaluation(inputs.suite, judging, folder, reporters, console, control, restore.start.folder),
         checkpoints,
         status,
     ]

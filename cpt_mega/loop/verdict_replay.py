@@ -5,7 +5,7 @@ A verdict is a pure function of these (``gates/rules.py``), so what comes out mu
 
 import json
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 
@@ -14,8 +14,8 @@ from cpt_mega.errors import InputError
 from cpt_mega.gates.probes.perplexity import perplexities
 from cpt_mega.gates.rule_functions import seen
 from cpt_mega.gates.rules import Judge
-from cpt_mega.gates.verdict import NONE, LookScores, Verdict, strongest
-from cpt_mega.json_types import finite
+from cpt_mega.gates.verdict import LookScores, Verdict, outcome
+from cpt_mega.json_types import finite_values
 from cpt_mega.lineage import parse_json
 from cpt_mega.loop.run_folder import ITEMS, LEDGER, read_lines
 
@@ -46,10 +46,10 @@ def known_at_start(state: TrainerState) -> dict:
     """
     looks = [seen(look) for look in state.gate_history]
     return {
-        "baseline": _plain(state.baseline),
+        "baseline": finite_values(state.baseline),
         "baseline_tokens": state.baseline_tokens,
         "item_baselines": sorted(state.item_baseline),
-        "looks": [look | {"perplexity": _plain(look["perplexity"])} for look in looks],
+        "looks": [look | {"perplexity": finite_values(look["perplexity"])} for look in looks],
     }
 
 
@@ -129,13 +129,13 @@ class _Known:
             verdicts = self.judge.verdicts(scores, earlier)
         except InputError as error:  # of a function; the looks to come go by what it said then
             then = [Verdict(**verdict) for verdict in line["verdicts"]]
-            self.history = [*earlier, look | _outcome(then)]
+            self.history = [*earlier, look | outcome(then)]
             rest = replace(self.judge, functions=()).verdicts(scores, earlier)
-            return TakenAgain(line, _outcome(rest)["action"], str(error))
-        self.history = [*earlier, look | _outcome(verdicts)]
+            return TakenAgain(line, outcome(rest)["action"], str(error))
+        self.history = [*earlier, look | outcome(verdicts)]
         action = self.history[-1]["action"]
         again = {
-            "perplexity": _plain(values),
+            "perplexity": finite_values(values),
             "action": action,
             "verdicts": [verdict.to_json() for verdict in verdicts],
         }
@@ -158,16 +158,6 @@ def _items_of(folder: Path) -> dict[str, dict[str, float]]:
         )
         raise InputError("RUN", str(folder), fix)
     return dict(read_state(folder).item_baseline)
-
-
-def _outcome(verdicts: Sequence[Verdict]) -> dict:
-    """Of a look, as later ones see it."""
-    objections = {verdict.rule: verdict.level for verdict in verdicts if verdict.level != NONE}
-    return {"action": strongest(verdicts) if verdicts else NONE, "objections": objections}
-
-
-def _plain(values: Mapping[str, float]) -> dict[str, float | None]:
-    return {name: finite(value) for name, value in values.items()}
 
 
 def _numbers(values: Mapping[str, float | None]) -> dict[str, float]:

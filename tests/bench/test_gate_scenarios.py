@@ -80,8 +80,7 @@ def harmful(tmp_path):
     run.start()
     run.verdict(10, 80.0, 55.0, 6)
     run.verdict(20, 70.0, 65.0, 5, "roll_back", "general_perplexity_limit", "hard", "too high")
-    weights = {"domain": 0.8, "replay": 0.2}
-    run.line(kind="rollback", step=20, tokens=200, to_step=10, steering={"lr_scale": 0.1}, weights=weights)
+    run.line(kind="rollback", step=20, tokens=200, to_step=10, steering={"lr_scale": 0.1}, raised_replay=0.2)
     run.seconds += 50  # of a new start
     run.line(kind="restore", step=10)
     run.verdict(20, 72.0, 52.0, 6)
@@ -121,7 +120,7 @@ def test_a_course_is_read_from_the_ledger_with_what_a_rollback_gave_up(load, har
         (0, "none", None), (10, "continue", None), (20, "roll_back", 100), (20, "continue", None),
     ]  # fmt: skip
     assert course.change("general") == pytest.approx(0.04) and course.change("domain") == pytest.approx(-0.28)
-    assert course.lr_scale == 0.1 and course.weights["replay"] == 0.2
+    assert course.lr_scale == 0.1 and course.raised_replay == 0.2
     assert course.hard == ["general_perplexity_limit (1)"] and course.soft == []
     assert [look.accuracy for look in course.looks] == [0.6, 0.6, 0.5, 0.6]
     assert course.look_s == 2.0 and course.wall_s == 6.0  # nothing between the rollback and the next start

@@ -96,7 +96,7 @@ def test_a_gate_of_answers_with_two_in_each_panel_is_armed():
 
 
 def test_a_suite_that_was_cut_is_told_to_ask_more_of_its_own_items():
-    cut = replace(suite(probe("a", "general", 1000), general={"threshold": 0.01}), is_cut=True)
+    cut = replace(suite(probe("a", "general", 1000), general={"threshold": 0.01}), notes=("a look asks fewer",))
     with pytest.raises(InputError, match="gates.look_share") as refusal:
         planned_judge(config(), cut)
     assert "give more items" not in str(refusal.value)
@@ -137,6 +137,8 @@ def test_disagreement_is_of_items_or_a_share_of_their_mean():
     def scored(*values):
         return [ItemScore(str(n), value) for n, value in enumerate(values)]
 
-    assert disagreement(scored(1, 0, 1, 1), scored(1, 1, 0, 1)) == 0.5
-    assert disagreement(scored(-2.0, -2.0), scored(-2.1, -2.1)) == pytest.approx(0.05)
-    assert disagreement(scored(float("nan")), scored(1.0)) == 0.0
+    assert disagreement(probe("a", "general", 4), scored(1, 0, 1, 1), scored(1, 1, 0, 1)) == 0.5
+    answers = probe("b", "general", 2, "bits_per_byte")
+    assert disagreement(answers, scored(-2.0, -2.0), scored(-2.1, -2.1)) == pytest.approx(0.05)
+    assert disagreement(answers, scored(-1.0, 0.0), scored(0.0, -1.0)) == 2.0  # by chance all zeros and ones
+    assert disagreement(answers, scored(float("nan")), scored(1.0)) == 0.0

@@ -5,8 +5,9 @@ import math
 
 import pytest
 
+from cpt_mega.checkpoint.trainer_state import ON_PERPLEXITY
 from cpt_mega.gates.item_gates import ItemGate
-from cpt_mega.gates.rules import GAIN, PRICE, GainGate, Judge, domain_gain, domain_price, general_perplexity
+from cpt_mega.gates.rules import GAIN, PERPLEXITY, PRICE, GainGate, Judge, domain_gain, domain_price, general_perplexity
 from cpt_mega.gates.verdict import LookScores, Verdict, strongest
 
 GAINS = GainGate(threshold=0.005, price=None, patience=3, action="stop", from_tokens=1000, budget_tokens=100_000)
@@ -115,3 +116,7 @@ def test_all_rules_speak_and_a_judge_survives_the_ledger():
     assert said[2].action == "anneal"
     with pytest.raises(ValueError, match="no rules"):
         Judge.from_json({"item_gates": [{"name": 1}]})
+
+
+def test_a_checkpoint_knows_the_rules_that_look_at_perplexity_alone():
+    assert {PERPLEXITY, GAIN, PRICE} == ON_PERPLEXITY

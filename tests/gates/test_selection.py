@@ -208,3 +208,6 @@ def test_harm_that_was_only_warned_of_is_not_chosen_and_too_little_gain_is_no_ha
     history = [look(1, domain=0.1, general=0.0), harmed, soft]
     assert choose(history, {1, 2, 3}).step == 3
     assert objected_steps(history) == {2} and healthy_steps(history) == [1, 3] and passed_steps(history) == [1]
+    stopped = look(4, "stop", domain=0.5, general=0.0) | {"objections": {"domain_gain": "hard"}}
+    assert choose([*history, stopped], {1, 2, 3, 4}).step == 4  # a run that ended early is as good as it is
+    assert objected_steps([look(5, "roll_back", domain=0.5)]) == {5}  # of an older version

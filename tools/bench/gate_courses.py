@@ -40,7 +40,7 @@ class Course:
     Attributes:
         state, exit_code, reason: of the end, as ``status.json`` has them.
         lr_scale: what rollbacks left of the schedule's rate.
-        weights: of the sources, as the last rollback set them; empty where none did.
+        raised_replay: share of tokens that rollbacks added to replay.
         perplexity_limit, items_threshold: of the gates of general perplexity and items, as shares; None where none judges.
         gain_limit: where domain perplexity has to be below, as a change since step 0; None where nothing asks for it.
         budget_tokens: of the run; 0 where it is not written down.
@@ -52,7 +52,7 @@ class Course:
     exit_code: int | None
     reason: str
     lr_scale: float
-    weights: dict[str, float]
+    raised_replay: float
     perplexity_limit: float | None
     items_threshold: float | None
     gain_limit: float | None
@@ -100,7 +100,7 @@ def read_course(run: Path) -> Course:
         exit_code=status["exit_code"],
         reason=status["reason"],
         lr_scale=last.get("steering", {}).get("lr_scale", 1.0),
-        weights=last.get("weights", {}),
+        raised_replay=last.get("raised_replay", 0.0),
         perplexity_limit=gates["perplexity_limit"],
         items_threshold=next((gate["threshold"] for gate in _general(gates) if not gate["disarmed"]), None),
         gain_limit=None if gain is None else looks[0].perplexity["domain"] ** -gain["threshold"] - 1,

@@ -237,7 +237,7 @@ def _of_harmful(course: Course, twin: Course | None) -> list[str]:
         return ["no rollback"]
     fired = all(PERPLEXITY in look.levels for look in course.rollbacks)
     found = [] if fired else ["rolled back for something else than general perplexity"]
-    found += [] if course.lr_scale < 1 and course.weights else ["nothing was adjusted"]
+    found += [] if course.lr_scale < 1 and course.raised_replay > 0 else ["nothing was adjusted"]
     found += [f"ended with {course.exit_code}"] if course.exit_code else []
     if twin is not None and not course.change("general") < twin.change("general"):
         found.append(f"general perplexity {course.change('general'):+.1%}, without gates {twin.change('general'):+.1%}")
@@ -272,7 +272,7 @@ def summary(run: Run) -> dict:
         "soft": course.soft,
         "rollbacks": [[look.tokens, look.back_to] for look in course.rollbacks],
         "lr_scale": course.lr_scale,
-        "weights": course.weights,
+        "raised_replay": course.raised_replay,
         "looks": len(course.looks) - 1,
         "look_s": course.look_s,
         "wall_s": course.wall_s,
