@@ -214,7 +214,7 @@ class GateOptions(Section):
     replay_step: Share = Field(0.1, description="what it adds to the share of replay sources")
     most_rollbacks: NonNegativeInt = Field(2, description="rollbacks by gates after which the run is stopped instead")
     anneal_tokens: PositiveInt | None = Field(
-        None, description="tokens in which an annealed run ends; none: 10 % of train.tokens"
+        None, description="tokens in which an annealed run ends; none: schedule.decay_tokens"
     )
     look_share: float | None = Field(
         0.02,

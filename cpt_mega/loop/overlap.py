@@ -87,8 +87,8 @@ class ProbeOverlap:
 
 
 @dataclass(frozen=True)
-class Found:
-    """All of a search.
+class Searched:
+    """What all of a search found.
 
     Attributes:
         looked_at: share of each source's tokens.
@@ -228,12 +228,14 @@ class _Task:
         return sum(span.tokens for span in self.spans)
 
 
-def _searched(inputs: Inputs, file: Path, keeps: bool, telling: _Telling) -> Found:
-    digests = inputs.suite.digests
-    contents = {probe.name: probe.contents() for probe in inputs.suite.probes}
+def _searched(inputs: Inputs, file: Path, keeps: bool, telling: _Telling) -> Searched:
+    digests, known = inputs.suite.digests, _read(file)
+    places = [_place(source.corpus, inputs.lineage["corpora"][source.name]) for source in inputs.sources]
+    searched = [known[place]["probes"].keys() if place in known else set() for place in places]
+    everywhere = set.intersection(*map(set, searched))  # what is known of all needs not be tokenised
+    contents = {p.name: () if digests[p.name] in everywhere else p.contents() for p in inputs.suite.probes}
     judged = {name: own for name, own in contents.items() if own is not None}
-    known = _read(file)
-    tasks = [_task(known, source, inputs.lineage["corpora"][source.name], judged, digests) for source in inputs.sources]
+    tasks = [_task(known, *at, judged, digests) for at in zip(inputs.sources, places, strict=True)]
     telling.total_tokens = sum(task.tokens for task in tasks if task.missing)
     for task in tasks:
         if task.missing:
@@ -242,7 +244,7 @@ def _searched(inputs: Inputs, file: Path, keeps: bool, telling: _Telling) -> Fou
             if keeps:
                 _write(file, known)
     entries = {task.source.name: task.known["probes"] for task in tasks}
-    return Found(
+    return Searched(
         {task.source.name: task.tokens / task.source.corpus.tokens for task in tasks},
         {name: _together({source: own[digests[name]] for source, own in entries.items()}) for name in judged},
         tuple(name for name, own in contents.items() if own is None),
@@ -252,11 +254,11 @@ def _searched(inputs: Inputs, file: Path, keeps: bool, telling: _Telling) -> Fou
 def _task(
     known: dict[str, _Corpus],
     source: Source,
-    identity: str,
+    place: str,
     judged: Mapping[str, list[Content]],
     digests: Mapping[str, str],
 ) -> _Task:
-    place, spans = _place(source.corpus, identity), spans_of(source.corpus)
+    spans = spans_of(source.corpus)
     looked_at, before = sum(span.tokens for span in spans), known.get(place, {"probes": {}})
     known[place] = _Corpus(
         source=source.name, tokens=source.corpus.tokens, looked_at_tokens=looked_at, probes=before["probes"]
@@ -301,7 +303,7 @@ def _write(path: Path, known: dict[str, _Corpus]) -> None:
         ) from None
 
 
-def _say(console: Console, found: Found, seconds: float) -> None:
+def _say(console: Console, found: Searched, seconds: float) -> None:
     for name, one in found.probes.items():
         if one.found:
             console.print(f" overlap: {name}: {one}", style="yellow")

@@ -15,8 +15,6 @@ from cpt_mega.loop import rollback
 from cpt_mega.loop.run_folder import RunFolder
 from cpt_mega.loop.trainer import Trainer
 
-DECAY_SHARE = 0.1  # of the run, in which an annealed one ends where nothing else is asked for
-
 
 def act(trainer: Trainer, folder: RunFolder, action: str, reason: str) -> None:
     """Does what the strongest verdict asks for, once saves that were begun are complete.
@@ -61,8 +59,8 @@ def _anneal(trainer: Trainer, reason: str) -> None:
     state, steering = trainer.state, Steering.from_json(trainer.state.steering)
     if steering.anneal_from is not None or trainer.ends_here:
         return
-    budget = trainer.config.train.tokens
-    over = min(trainer.config.gates.anneal_tokens or max(1, int(DECAY_SHARE * budget)), budget - state.tokens)
+    asked = trainer.config.gates.anneal_tokens or trainer.learning_rate.decay_tokens
+    over = min(asked, trainer.config.train.tokens - state.tokens)
     state.steering = replace(steering, anneal_from=state.tokens, anneal_tokens=over).to_json()
     place = {"step": state.step, "tokens": state.tokens}
     trainer.decide({"kind": "anneal", **place, "anneal_tokens": over, "ends_at": trainer.budget, "reason": reason})
