@@ -1,6 +1,6 @@
 """Log-probabilities of packed rows by the forward pass that training uses, from logits split over the vocabulary."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -39,10 +39,12 @@ def score_rows(engine: Engine, rows: Sequence[Row]) -> list[RowScores]:
 class GroupedRow(Row, Protocol):
     """A packed row of S tokens whose targets are summed in groups.
 
-    ``groups``: int64 [S], which group the target of each position counts for; UNCOUNTED for none.
+    ``groups``: int64 [S], which group the target of each position counts for; UNCOUNTED for none. ``others``: further targets,
+    position, token id and group of each: what else might stand behind a position.
     """
 
     groups: np.ndarray
+    others: Sequence[tuple[int, int, int]]
 
 
 def score_groups(engine: Engine, rows: Sequence[GroupedRow], groups: int) -> Tensor:
@@ -111,13 +113,17 @@ def _visit_targets(engine: Engine, rows: Sequence[GroupedRow], add: Callable[[Te
     """Lets ``add`` see every target once: fp32 logits [n, padded_vocab / tp], labels [n] and groups [n] of some of them, on the
     last stage; all tensor-parallel ranks of it see the same ones, with their part of the vocabulary."""
     batch = engine.prepare(len(rows), rows.__getitem__)
-    groups_of = iter(groups_here(rows, batch))
+    targets_of = zip(groups_here(rows, batch), _others_here(rows, batch), strict=True)
 
     def consume(logits: Tensor, micro_batch: MicroBatch, places: list[int]) -> None:
-        groups = next(groups_of)  # stages take micro-batches in their order
-        counted = torch.from_numpy(np.flatnonzero(groups != UNCOUNTED)).to(logits.device)
-        local = logits.squeeze(0)[counted].float()  # of those that count alone: whole rows of logits in fp32 are large
-        add(local, micro_batch.labels.squeeze(0)[counted], torch.from_numpy(groups).to(logits.device)[counted])
+        groups, others = next(targets_of)  # stages take micro-batches in their order
+        counted = np.flatnonzero(groups != UNCOUNTED)
+        at = torch.from_numpy(np.concatenate([counted, others[0]])).to(logits.device)
+        owners = torch.from_numpy(np.concatenate([groups[counted], others[2]])).to(logits.device)
+        labels = micro_batch.labels.squeeze(0)[at]
+        labels[len(counted) :] = torch.from_numpy(others[1]).to(labels)
+        # fp32 for those that count alone: whole rows of logits in it are large
+        add(logits.squeeze(0)[at].float(), labels, owners)
 
     engine.forward_logits(batch, consume)
 
@@ -129,20 +135,34 @@ def _speaks(engine: Engine) -> bool:
 
 def groups_here(rows: Sequence[GroupedRow], batch: PreparedBatch) -> list[np.ndarray]:
     """The groups of what this rank computes of each micro-batch, int64 [t]; each target of a row is in one of them alone."""
-    done: set[int] = set()  # the last row may come again to fill a micro-batch or a round
-    found = []
-    for micro_batch, places in zip(batch.micro_batches, batch.places, strict=True):
-        owners = [rows[place].groups if place not in done | set(places[:i]) else None for i, place in enumerate(places)]
-        done.update(places)
-        found.append(_here(owners, len(rows[0].groups), micro_batch))
+    nobody, found = np.full(len(rows[0].groups), UNCOUNTED, np.int64), []
+    for micro_batch, owners in zip(batch.micro_batches, _counted_rows(rows, batch), strict=True):
+        whole = np.concatenate([nobody if row is None else row.groups for row in owners])
+        found.append(np.where(micro_batch.positions == FILLING, UNCOUNTED, whole[micro_batch.positions]))
     return found
 
 
-def _here(owners: Sequence[np.ndarray | None], length: int, micro_batch: MicroBatch) -> np.ndarray:
-    """The groups of this rank's part of a micro-batch, int64 [t]."""
-    nobody = np.full(length, UNCOUNTED, np.int64)
-    whole = np.concatenate([nobody if owner is None else owner for owner in owners])
-    return np.where(micro_batch.positions == FILLING, UNCOUNTED, whole[micro_batch.positions])
+def _others_here(rows: Sequence[GroupedRow], batch: PreparedBatch) -> list[np.ndarray]:
+    """Likewise of the further targets; int64 [3, n]: index of the position in this rank's part, token id, group."""
+    length, found = len(rows[0].groups), []
+    for micro_batch, owners in zip(batch.micro_batches, _counted_rows(rows, batch), strict=True):
+        asked = [
+            (number * length + place, token, group)
+            for number, row in enumerate(owners)
+            for place, token, group in (row.others if row is not None else ())
+        ]
+        here = {int(position): index for index, position in enumerate(micro_batch.positions)} if asked else {}
+        own = [(here[position], token, group) for position, token, group in asked if position in here]
+        found.append(np.array(own, np.int64).reshape(-1, 3).T)
+    return found
+
+
+def _counted_rows(rows: Sequence[GroupedRow], batch: PreparedBatch) -> Iterator[list[GroupedRow | None]]:
+    """The rows of each micro-batch; None for one that was counted: the last may come again to fill a round."""
+    done: set[int] = set()
+    for places in batch.places:
+        yield [rows[place] if place not in done | set(places[:i]) else None for i, place in enumerate(places)]
+        done.update(places)
 
 
 def _of_labels(engine: Engine, local: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:

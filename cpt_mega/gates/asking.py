@@ -1,10 +1,10 @@
 """Requests to the model, packed into rows and answered in one pass.
 
 They are short and many: one a row would compute mostly padding. They are packed as documents are, so one does not see another,
-and each gets the log-probability that it has alone.
+and each gets the log-probability that it has alone. Those that differ in their last token alone are read once.
 """
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -41,10 +41,13 @@ def score_requests(
 
     Raises Interrupted when ``stops`` says so, InputError for a token that the model does not have.
     """
-    values = np.zeros((len(requests), 3))
-    for asked, rows in _rounds(engine, requests, row_tokens, stops):
-        values[asked] = score_groups(engine, rows, len(asked)).numpy()
-        advance(len(asked))
+    values, texts = np.zeros((len(requests), 3)), _texts(requests)
+    for asked, rows in _rounds(engine, texts, row_tokens, stops):
+        first = _group_offsets(texts[number] for number in asked)
+        found = score_groups(engine, rows, first[-1]).numpy()
+        for text, start, end in zip((texts[number] for number in asked), first, first[1:], strict=False):
+            values[list(text.requests)] = found[start] + found[start + 1 : end] if text.lasts else found[start]
+            advance(len(text.requests))
     return [Likelihood(logprob, hits == targets, int(targets)) for logprob, hits, targets in values.tolist()]
 
 
@@ -58,7 +61,7 @@ def likeliest_tokens(
     """The likeliest tokens at every target of requests; as ``score_requests`` has it, on every rank."""
     first = _target_offsets(requests)
     ids, logprobs = np.zeros((2, first[-1], count))
-    for asked, rows in _rounds(engine, requests, row_tokens, stops, by_target=True):
+    for asked, rows in _rounds(engine, _of_targets(requests), row_tokens, stops):
         places = _targets_of(asked, first)
         found = likeliest_of_targets(engine, rows, len(places), count)
         ids[places], logprobs[places] = found[0].numpy(), found[1].numpy()
@@ -76,7 +79,7 @@ def distributions(
     likely token of all; as ``score_requests`` has it, on every rank."""
     first = _target_offsets(requests)
     logprobs, least = np.zeros(ids.shape), np.zeros(len(ids))
-    for asked, rows in _rounds(engine, requests, row_tokens, stops, by_target=True):
+    for asked, rows in _rounds(engine, _of_targets(requests), row_tokens, stops):
         places = _targets_of(asked, first)
         found = logprobs_at_targets(engine, rows, torch.from_numpy(ids[places]))
         logprobs[places], least[places] = found[0].numpy(), found[1].numpy()
@@ -88,7 +91,7 @@ def hidden_states(engine: Engine, requests: Sequence[Request], row_tokens: int, 
     [layers + 2, targets, numbers], on every rank. A collective."""
     first = _target_offsets(requests)
     found = np.zeros((engine.shape.layers + 2, first[-1], projection.shape[1]), np.float32)
-    for asked, rows in _rounds(engine, requests, row_tokens, lambda: False, by_target=True):
+    for asked, rows in _rounds(engine, _of_targets(requests), row_tokens, lambda: False):
         places = _targets_of(asked, first)
         found[:, places] = hidden_at_targets(engine, rows, len(places), torch.from_numpy(projection)).numpy()
     return found
@@ -104,64 +107,107 @@ def _targets_of(asked: np.ndarray, first: np.ndarray) -> np.ndarray:
     return np.concatenate([np.arange(first[request], first[request + 1]) for request in asked])
 
 
-def _check_ids(requests: Sequence[Request], vocab_size: int) -> None:
-    largest = max(int(request.tokens.max()) for request in requests)
+def _check_ids(texts: Sequence["_Text"], vocab_size: int) -> None:
+    largest = max(max(int(text.request.tokens.max()), *text.lasts, 0) for text in texts)
     if largest >= vocab_size:
         fix = f"outside the model's vocabulary of {vocab_size}; give the tokenizer that the model was imported with"
         raise InputError("token id of an item", largest, fix)
 
 
-def _rounds(
-    engine: Engine, requests: Sequence[Request], row_tokens: int, stops: Callable[[], bool], by_target: bool = False
-) -> Iterator[tuple[np.ndarray, list["_RequestRow"]]]:
-    """Packs requests; gives some of them at a time, so many that every process has some micro-batches: their indices, and rows.
+@dataclass(frozen=True)
+class _Text:
+    """What the model reads once, for one request or for several that differ in their last token alone.
 
-    Groups of the rows are the requests in the order of the indices; or, ``by_target``, all of their targets one behind the
-    other. Raises as ``score_requests``.
+    Attributes:
+        request: the first of them.
+        requests: their numbers.
+        lasts: the last token of each, where they are several: a group each, behind one for the targets that they share.
+        by_target: whether each target is a group of its own.
     """
-    if not requests:
+
+    request: Request
+    requests: tuple[int, ...]
+    lasts: tuple[int, ...] = ()
+    by_target: bool = False
+
+    @property
+    def groups(self) -> int:
+        return len(self.request.tokens) - self.request.first if self.by_target else 1 + len(self.lasts)
+
+
+def _texts(requests: Sequence[Request]) -> list[_Text]:
+    """Requests that differ in their last token alone, as letters and other short choices do, are one text."""
+    same: dict[object, list[int]] = {}
+    for number, request in enumerate(requests):
+        key = (request.tokens[:-1].tobytes(), request.first, request.lengths) if request.counts is None else number
+        same.setdefault(key, []).append(number)
+    return [
+        _Text(requests[first], (first, *rest), tuple(int(requests[n].tokens[-1]) for n in (first, *rest) if rest))
+        for first, *rest in same.values()
+    ]
+
+
+def _of_targets(requests: Sequence[Request]) -> list[_Text]:
+    return [_Text(request, (number,), by_target=True) for number, request in enumerate(requests)]
+
+
+def _group_offsets(texts: Iterable[_Text]) -> np.ndarray:
+    """Where the groups of each text begin when those of all stand one behind the other; int64 [texts + 1]."""
+    return np.cumsum([0, *(text.groups for text in texts)])
+
+
+def _rounds(
+    engine: Engine, texts: Sequence[_Text], row_tokens: int, stops: Callable[[], bool]
+) -> Iterator[tuple[np.ndarray, list["_TextRow"]]]:
+    """Packs texts; gives some of them at a time, so many that every process has some micro-batches: their indices, and rows.
+
+    The groups of the rows are those of the texts in the order of the indices. Raises as ``score_requests``.
+    """
+    if not texts:
         return
-    _check_ids(requests, engine.shape.vocab_size)
-    inputs = np.array([request.inputs for request in requests], np.int64)
+    _check_ids(texts, engine.shape.vocab_size)
+    inputs = np.array([text.request.inputs for text in texts], np.int64)
     plan = plan_rows(inputs, max(row_tokens, int(inputs.max())))
     size = _MICRO_BATCHES * engine.mesh.pp * engine.mesh.dp * engine.config.train.micro_batch_size
     for start in range(0, plan.rows, size):
         if stops():
             raise Interrupted
         rows = range(start, min(start + size, plan.rows))
-        asked = np.array([request for row in rows for request, _, _ in plan.pieces(row)], np.int64)
-        numbers = _target_offsets([requests[request] for request in asked]) if by_target else range(len(asked))
-        groups = dict(zip(asked.tolist(), numbers, strict=False))
-        yield asked, [_RequestRow.of(plan, row, requests, groups, by_target) for row in rows]
+        asked = np.array([text for row in rows for text, _, _ in plan.pieces(row)], np.int64)
+        first = dict(zip(asked.tolist(), _group_offsets(texts[text] for text in asked).tolist(), strict=False))
+        yield asked, [_TextRow.of(plan, row, texts, first) for row in rows]
 
 
 @dataclass(frozen=True)
-class _RequestRow:
-    """Requests one behind the other, padding last; fields as ``engine.score.GroupedRow`` has them."""
+class _TextRow:
+    """Texts one behind the other, padding last; fields as ``engine.score.GroupedRow`` has them."""
 
     ids: np.ndarray
     labels: np.ndarray
     loss_mask: np.ndarray
     doc_lengths: list[int]
     groups: np.ndarray
+    others: list[tuple[int, int, int]]
 
     @classmethod
-    def of(
-        cls, plan: RowPlan, row: int, requests: Sequence[Request], first: Mapping[int, int], by_target: bool
-    ) -> "_RequestRow":
-        """Row ``row`` of a plan over requests; ``first``: the group of each one's first target, which all of them are in, or,
-        ``by_target``, from which on they have a group each."""
+    def of(cls, plan: RowPlan, row: int, texts: Sequence[_Text], first: Mapping[int, int]) -> "_TextRow":
+        """Row ``row`` of a plan over texts; ``first``: of the groups of each."""
         ids, labels = np.full((2, plan.seq_length), PAD_ID, np.int64)
         groups = np.full(plan.seq_length, UNCOUNTED, np.int64)
-        doc_lengths, at = [], 0
+        doc_lengths, others, at = [], [], 0
         for index, _, length in plan.pieces(row):  # whole ones: a row has room for the longest
-            request = requests[index]
-            ids[at : at + length], labels[at : at + length] = request.tokens[:-1], request.tokens[1:]
+            text, request, end = texts[index], texts[index].request, at + length
+            ids[at:end], labels[at:end] = request.tokens[:-1], request.tokens[1:]
             counts = True if request.counts is None else request.counts[request.first :]
-            owners = first[index] + by_target * np.arange(len(request.tokens) - request.first)
-            groups[at + request.first - 1 : at + length] = np.where(counts, owners, UNCOUNTED)
+            owners = first[index] + text.by_target * np.arange(len(request.tokens) - request.first)
+            groups[at + request.first - 1 : end] = np.where(counts, owners, UNCOUNTED)
+            if text.lasts:
+                groups[end - 1] = UNCOUNTED
+                others += [(end - 1, token, first[index] + 1 + number) for number, token in enumerate(text.lasts)]
             doc_lengths += [*request.lengths[:-1], length - sum(request.lengths[:-1])]
-            at += length
+            at = end
         if at < plan.seq_length:
             doc_lengths.append(plan.seq_length - at)
-        return cls(ids, labels, (groups != UNCOUNTED).astype(np.float32), doc_lengths, groups)
+        mask = groups != UNCOUNTED
+        mask[[place for place, _, _ in others]] = True
+        return cls(ids, labels, mask.astype(np.float32), doc_lengths, groups, others)

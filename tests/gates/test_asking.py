@@ -25,7 +25,7 @@ OFTEN = ("one", "tp2_sp", "pp2_vpp2", "cp2", "dp2")
 
 @pytest.fixture(scope="module")
 def requests() -> list[dict]:
-    """Short and long ones; some behind another document; some of which not all counts."""
+    """Short and long ones; some behind another document; some of which not all counts; some differ in the last token alone."""
     draw = random.Random(3)
     found = []
     for number in range(41):
@@ -38,7 +38,9 @@ def requests() -> list[dict]:
             counts = [False] * len(before) + counts
         lengths = [len(before), len(tokens)] if before else []
         found.append({"tokens": before + tokens, "first": len(before) + first, "lengths": lengths, "counts": counts})
-    return found
+    plain = [one for one in found if one["counts"] is None][:6]
+    others = [one | {"tokens": [*one["tokens"][:-1], last]} for one in plain for last in (5, 300)]
+    return found + others + [found[1]]
 
 
 @pytest.fixture(scope="module")
@@ -101,6 +103,15 @@ def test_rows_of_any_length_give_the_same_answers(workers, jobsite, requests, ex
 def test_a_look_is_given_up_on_all_ranks_when_it_is_asked_to(workers, jobsite, requests):
     found = ask(workers, jobsite, requests, 48, 2, ["parallel.tp=2"], stop_at=1)
     assert found == ["interrupted"] * 2
+
+
+def test_what_differs_in_its_last_token_alone_is_read_once(workers, jobsite):
+    """Letters behind one prompt: five rounds of rows of one text each, or one."""
+    prompt = list(range(1, 31))
+    letters = [{"tokens": [*prompt, last], "first": 30, "lengths": [], "counts": None} for last in range(40, 60)]
+    apart = [one | {"tokens": [number, *one["tokens"][1:]]} for number, one in enumerate(letters, 1)]
+    assert len(ask(workers, jobsite, letters, 8, stop_at=1)[0]) == 20
+    assert ask(workers, jobsite, apart, 8, stop_at=1)[0] == "interrupted"
 
 
 def test_a_token_that_the_model_does_not_have_is_refused(workers, jobsite):
