@@ -12,7 +12,7 @@ from cpt_mega.gates.item_gates import ItemGate, panel_problem
 from cpt_mega.gates.looks import planned_looks
 from cpt_mega.gates.paired import self_disagreement, smallest_threshold
 from cpt_mega.gates.probes.probe import BITS_PER_BYTE, RIGHT_OR_WRONG, ItemScore, Probe
-from cpt_mega.gates.rule_functions import load_function
+from cpt_mega.gates.rule_functions import check_names, load_function
 from cpt_mega.gates.rules import GainGate, Judge
 from cpt_mega.gates.suite import Suite
 from cpt_mega.gates.suite_schema import ItemRuleOptions, RuleOptions
@@ -61,6 +61,7 @@ def planned_judge(config: Config, suite: Suite) -> Judge:
     if rules is not None:
         gates = tuple(_checked(power, suite) for power in powers(rules, suite, looks, config.gates.action))
         gain, functions = _gain(config, rules), rules.functions
+        check_names(functions)
         for name in functions:
             load_function(name)
     alpha = RuleOptions().alpha if rules is None else rules.alpha

@@ -10,7 +10,7 @@ from types import ModuleType
 
 from cpt_mega.errors import InputError
 from cpt_mega.gates.verdict import ACTIONS, CONTINUE, HARD, NONE, SOFT, WARN, LookScores, Verdict
-from cpt_mega.lineage import text_digest
+from cpt_mega.lineage import file_digest, text_digest
 
 Rule = Callable[[LookScores, Sequence[Mapping]], tuple[str, str] | None]
 SEEN = ("step", "tokens", "perplexity", "action", "objections")  # of a look, by those that come later
@@ -63,6 +63,23 @@ def rule_name(name: str) -> str:
     """What a function's rule is called in verdicts and objections: ``function:FILE.NAME``, FILE without folder and ``.py``."""
     path, _, function = name.rpartition(":")
     return f"function:{Path(path).stem}.{function}"
+
+
+def digest_of_file(name: str) -> str | None:
+    """Of the file that a function is in, as it is on disk now; None where it cannot be read."""
+    try:
+        return file_digest(name.rpartition(":")[0])
+    except OSError:
+        return None
+
+
+def check_names(functions: Sequence[str]) -> None:
+    """Raises InputError for two functions whose rules would have one name: one's verdicts would be taken for the other's."""
+    known: dict[str, str] = {}
+    for name in functions:
+        if known.setdefault(rule_name(name), name) != name:
+            fix = f"is called {rule_name(name)} in verdicts, as that of {known[rule_name(name)]}; rename the file or it"
+            raise InputError("rules.functions", name, fix)
 
 
 def verdict_by_function(name: str, look: LookScores, history: Sequence[Mapping]) -> Verdict:

@@ -1,5 +1,6 @@
 """What is made of a look: the rules' verdicts, a line of the ledger, words for the user, and what is done to the run."""
 
+import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -10,6 +11,7 @@ from cpt_mega.errors import InputError
 from cpt_mega.gates.arming import armed, notes_on
 from cpt_mega.gates.changes import bucket_changes
 from cpt_mega.gates.diagnosis import lines_of, stage_reading
+from cpt_mega.gates.rule_functions import digest_of_file
 from cpt_mega.gates.rules import FLAT, Judge
 from cpt_mega.gates.suite import Found, Suite, perplexity_by_bucket
 from cpt_mega.gates.verdict import CONTINUE, HARD, NOT_JUDGED, WARN, LookScores, Verdict, outcome
@@ -42,7 +44,8 @@ class Judging:
                 self.console.print(f" {note}", style="yellow")
         buckets = {probe.name: probe.bucket for probe in self.suite.probes if probe.name in self.suite.of_buckets}
         line = {"kind": "gates", "step": state.step, **self.rules.to_json(), "perplexity_probes": buckets}
-        self.folder.decide(line | {"digests": digests})
+        files = {name: digest_of_file(name) for name in self.rules.functions}
+        self.folder.decide(line | {"digests": digests, "function_files": files})
 
     def judge(self, trainer: Trainer, found: Sequence[Found], about: Mapping[str, object]) -> None:
         """Takes the verdicts and does what the strongest asks for; ``about``: what else the ledger's line says of the look.
@@ -97,7 +100,7 @@ class Judging:
 
     def _scores(self, state: TrainerState, found: Sequence[Found], perplexity: dict[str, float]) -> LookScores:
         before = {name: state.item_baseline.get(digest, {}) for name, digest in self.suite.digests.items()}
-        now = {one.probe.name: {item.id: item.score for item in one.items} for one in found}
+        now = {one.probe.name: {item.id: _known(item.score) for item in one.items} for one in found}
         since = state.baseline_tokens
         return LookScores(state.step, state.tokens, state.baseline, perplexity, before, now, since)
 
@@ -120,3 +123,8 @@ class Judging:
             lines = []
         for line in lines:
             self.console.print(f" {line}", style="yellow")
+
+
+def _known(score: float) -> float:
+    """NaN for all that the ledger cannot hold: a decision that is taken again sees what this one saw."""
+    return score if math.isfinite(score) else math.nan

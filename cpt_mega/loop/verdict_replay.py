@@ -12,7 +12,7 @@ from pathlib import Path
 from cpt_mega.checkpoint.trainer_state import TrainerState, has_state, read_state
 from cpt_mega.errors import InputError
 from cpt_mega.gates.probes.perplexity import perplexities
-from cpt_mega.gates.rule_functions import seen
+from cpt_mega.gates.rule_functions import digest_of_file, seen
 from cpt_mega.gates.rules import Judge
 from cpt_mega.gates.verdict import LookScores, Verdict, outcome
 from cpt_mega.json_types import finite_values
@@ -80,6 +80,7 @@ class _Known:
     judge: Judge | None = None
     digests: dict[str, str] = field(default_factory=dict)
     buckets: dict[str, str] = field(default_factory=dict)  # of the probes of perplexity
+    function_files: dict[str, str | None] = field(default_factory=dict)  # digests of those that the user's rules are in
     baseline: dict[str, float] = field(default_factory=dict)
     since: dict[str, int] = field(default_factory=dict)  # tokens at which a bucket's was taken
     items: dict[str, dict[str, float]] = field(default_factory=dict)  # at step 0, by digest
@@ -95,8 +96,8 @@ class _Known:
     def _start(self, line: dict) -> None:
         """A run knows what its checkpoint did, less what its line says was dropped; scores of items are not in that line."""
         known = line["known"]
-        self.baseline, self.since = _numbers(known["baseline"]), dict(known["baseline_tokens"])
-        self.history = [look | {"perplexity": _numbers(look["perplexity"])} for look in known["looks"]]
+        self.baseline, self.since = _perplexities(known["baseline"]), dict(known["baseline_tokens"])
+        self.history = [look | {"perplexity": _perplexities(look["perplexity"])} for look in known["looks"]]
         if not self.items.keys() >= set(known["item_baselines"]):
             self.items = _items_of(Path(line["from"])) | self.items
         self.items = {digest: self.items[digest] for digest in known["item_baselines"]}
@@ -104,9 +105,10 @@ class _Known:
     def _take_rules(self, line: dict) -> None:
         self.judge = Judge.from_json({each.name: line[each.name] for each in fields(Judge)})
         self.digests, self.buckets = line["digests"], line["perplexity_probes"]
+        self.function_files = line["function_files"]
 
     def _take_baseline(self, line: dict) -> None:
-        self.baseline = {**self.baseline, **_numbers(line["perplexity"])}
+        self.baseline = {**self.baseline, **_perplexities(line["perplexity"])}
         self.since = {**self.since, **dict.fromkeys(line["perplexity"], line["tokens"])}
         new = set(line["digests"].values()) - self.items.keys()  # what a probe has of step 0 stays
         self.items |= {digest: {} for digest in new}
@@ -140,7 +142,11 @@ class _Known:
             "verdicts": [verdict.to_json() for verdict in verdicts],
         }
         again = json.loads(json.dumps(again))
-        return TakenAgain(line, action, _difference({name: line[name] for name in again}, again))
+        difference = _difference({name: line[name] for name in again}, again)
+        changed = [name for name, digest in self.function_files.items() if digest_of_file(name) != digest]
+        if difference is not None and changed:
+            difference += f"; the file of {changed[0]} is not what it was then"
+        return TakenAgain(line, action, difference)
 
     def _look(self, span: list[int]) -> Iterator[dict]:
         """The lines of items that a look wrote."""
@@ -162,6 +168,11 @@ def _items_of(folder: Path) -> dict[str, dict[str, float]]:
 
 def _numbers(values: Mapping[str, float | None]) -> dict[str, float]:
     return {name: _number(value) for name, value in values.items()}
+
+
+def _perplexities(values: Mapping[str, float | None]) -> dict[str, float]:
+    """One that is no finite number is infinite, as ``perplexity_of`` has it."""
+    return {name: math.inf if value is None else value for name, value in values.items()}
 
 
 def _number(value: float | None) -> float:

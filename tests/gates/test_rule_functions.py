@@ -5,7 +5,7 @@ import sys
 import pytest
 
 from cpt_mega.errors import InputError
-from cpt_mega.gates.rule_functions import load_function, verdict_by_function
+from cpt_mega.gates.rule_functions import check_names, load_function, verdict_by_function
 from cpt_mega.gates.verdict import LookScores
 
 LOOK = LookScores(7, 700, {"domain": 20.0}, {"domain": 25.0}, {}, {})
@@ -108,3 +108,10 @@ def test_functions_of_one_name_in_two_files_are_two_rules(tmp_path):
         (tmp_path / f"{file}.py").write_text("def rule(look, history):\n    return 'stop', 'enough'")
         rules.add(verdict_by_function(f"{tmp_path / file}.py:rule", LOOK, []).rule)
     assert rules == {"function:exams.rule", "function:drift.rule"}
+    check_names([f"{tmp_path / 'exams'}.py:rule", f"{tmp_path / 'drift'}.py:rule"])
+
+
+def test_two_functions_that_verdicts_could_not_tell_apart_are_refused():
+    with pytest.raises(InputError, match="is called function:own.rule in verdicts") as refusal:
+        check_names(["a/own.py:rule", "a/own.py:other", "b/own.py:rule"])
+    assert refusal.value.value == "b/own.py:rule"

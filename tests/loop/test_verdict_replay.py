@@ -1,11 +1,15 @@
 """Decisions come out as they were taken: over a start on other items, one in another folder, and with rules in Python."""
 
 import json
+import math
 import shutil
 
 import pytest
 
 from cpt_mega.errors import InputError
+from cpt_mega.gates.probes.perplexity import perplexity_of
+from cpt_mega.gates.rules import GainGate, Judge
+from cpt_mega.gates.verdict import LookScores, outcome
 from cpt_mega.hf.convert import import_hf
 from cpt_mega.loop.run_folder import read_lines
 from cpt_mega.loop.verdict_replay import take_again
@@ -93,7 +97,7 @@ def test_a_function_that_cannot_be_asked_any_more_is_told_of_at_its_looks(runs, 
     late = "def tells(look, history):\n    assert look.step < {step}\n    return 'warn', 'x'"
     (tmp_path / "gone.py").write_text(late.format(step=found[-1].line["step"]))
     again = [one.difference for one in take_again(tmp_path)]
-    assert "AssertionError" in again[-1] and "the ledger says" in again[0]
+    assert "AssertionError" in again[-1] and "the ledger says" in again[0] and "is not what it was then" in again[0]
 
 
 def test_a_checkpoint_that_is_gone_and_has_what_a_run_was_judged_by_is_asked_for(runs, tmp_path):
@@ -103,3 +107,26 @@ def test_a_checkpoint_that_is_gone_and_has_what_a_run_was_judged_by_is_asked_for
     (tmp_path / "ledger.jsonl").write_text(ledger.replace(start, f"{tmp_path}/moved/iter_0000001"))
     with pytest.raises(InputError, match=r"moved/iter_0000001.*bring it back"):
         take_again(tmp_path)
+
+
+def test_a_perplexity_that_was_infinite_is_so_again(tmp_path):
+    """JSON holds none, and a fall from it is large, where one from NaN would be no fall."""
+    gain = GainGate(threshold=0.0, price=1.0, patience=1, action="stop", from_tokens=0, budget_tokens=1000)
+    judge, before = Judge(gain=gain), {"step": 1, "tokens": 100, "action": "continue", "objections": {}}
+    now, values = {"domain": perplexity_of(20.0, 10)}, {"nll": 20.0, "targets": 10.0}
+    look = LookScores(2, 200, {"domain": 20.0}, now, {"held": {}}, {"held": {"0": -2.0}})
+    said = judge.verdicts(look, [before | {"perplexity": {"domain": math.inf}}])
+    assert [verdict.action for verdict in said] == ["continue", "continue"]
+    item = {"probe": "held", "digest": "d", "bucket": "domain", "id": "0", "score": -2.0, "values": values}
+    (tmp_path / "items.jsonl").write_text(json.dumps(item) + "\n")
+    known = {"baseline": look.baseline, "baseline_tokens": {}, "item_baselines": []}
+    known["looks"] = [before | {"perplexity": {"domain": None}}]
+    rules = {"digests": {"held": "d"}, "perplexity_probes": {"held": "domain"}, "function_files": {}}
+    told = {"perplexity": now, "action": outcome(said)["action"], "verdicts": [one.to_json() for one in said]}
+    lines = [
+        {"kind": "restore", "from": "", "known": known},
+        {"kind": "gates", **judge.to_json(), **rules},
+        {"kind": "verdict", "step": 2, "tokens": 200, "items": [0, 10**6], **told},
+    ]
+    (tmp_path / "ledger.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    assert [one.difference for one in take_again(tmp_path)] == [None]

@@ -86,7 +86,7 @@ def perplexities(documents: Iterable[tuple[str, Mapping[str, float]]]) -> dict[s
 
 
 def perplexity_of(nll: float, n: int) -> float:
-    """exp of the mean negative log-likelihood (nats) a token; inf when it overflows."""
+    """exp of the mean negative log-likelihood (nats) a token; inf when it overflows or is none."""
     mean = nll / max(n, 1)
     return math.exp(mean) if mean < 700 else math.inf
 
