@@ -9,6 +9,7 @@ from cpt_mega.config.schema import Config
 # In-context learning can collapse within the first hundreds of steps (arXiv 2506.00288), long before the first interval ends.
 EARLIEST_SHARE = 0.005
 MANY = 10_000  # looks, that are counted one by one
+_OF_TRAINING = 3  # tokens that are only read cost as much as one that is trained on
 GROWTH = math.sqrt(2)  # of the tokens from one look to the next, where no interval is asked for
 
 
@@ -82,4 +83,9 @@ def look_tokens(config: Config) -> float:
     backward pass costs a third of training on it.
     """
     share, tokens = config.gates.look_share, config.train.tokens
-    return math.inf if share is None or not tokens else 3 * share * tokens / (planned_looks(config) + 1)
+    return math.inf if share is None or not tokens else share * tokens * _OF_TRAINING / (planned_looks(config) + 1)
+
+
+def looks_share(config: Config, tokens: int) -> float:
+    """What looks that read so many tokens cost of the computing of a run that trains, that of step 0 included."""
+    return tokens * (planned_looks(config) + 1) / (_OF_TRAINING * config.train.tokens)

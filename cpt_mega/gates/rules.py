@@ -12,7 +12,7 @@ from dataclasses import asdict, dataclass
 from cpt_mega.gates.item_gates import ItemGate, decide, verdict_of
 from cpt_mega.gates.paired import holm, look_level
 from cpt_mega.gates.rule_functions import verdict_by_function
-from cpt_mega.gates.verdict import CONTINUE, HARD, NONE, SOFT, STOP, LookScores, Verdict, trailing
+from cpt_mega.gates.verdict import CONTINUE, HARD, NONE, ROLL_BACK, SOFT, STOP, LookScores, Verdict, trailing
 
 PERPLEXITY, GAIN, PRICE = "general_perplexity_limit", "domain_gain", "domain_price"
 FLAT = {GAIN, PRICE}  # they find no harm, only too little gain
@@ -76,6 +76,14 @@ class Judge:
     def armed(self) -> list[ItemGate]:
         """Gates of items that judge."""
         return [gate for gate in self.item_gates if not gate.disarmed]
+
+    @property
+    def may_roll_back(self) -> bool:
+        """Whether a verdict may ask for it; what a function says is not known before."""
+        actions = {gate.action for gate in self.armed} | ({self.gain.action} if self.gain else set())
+        if self.perplexity_limit is not None:
+            actions.add(self.perplexity_action)
+        return ROLL_BACK in actions or bool(self.functions)
 
     def verdicts(self, look: LookScores, history: Sequence[Mapping]) -> list[Verdict]:
         """What all rules say of a look.

@@ -101,6 +101,11 @@ class Suite:
         return [probe for probe in self.probes if isinstance(probe, Drift)]
 
     @property
+    def tokens(self) -> int:
+        """That a look reads, about: what requests have in common may be read once."""
+        return _tokens(self.probes)
+
+    @property
     def is_cut(self) -> bool:
         """Whether not all of its items are asked."""
         return bool(self.notes)
@@ -248,7 +253,7 @@ def _within(
 
     A probe asks one item at least, as a reading of none is no reading: many probes may read more in all.
     """
-    tokens = sum(request.inputs for probe in probes for request in texts_of(probe))
+    tokens = _tokens(probes)
     if tokens <= most_tokens:
         return probes, ()
     counts = {probe.name: max(1, int(len(probe.ids) * most_tokens / tokens)) for probe in probes}
@@ -256,6 +261,10 @@ def _within(
     asked, known = sum(counts.values()), sum(len(probe.ids) for probe in probes)
     note = f"a look asks {asked:,} of the suite's {known:,} items, to stay within gates.look_share of the computing"
     return tuple(maker.made(name, one) for name, one in fewer), (note,)
+
+
+def _tokens(probes: Iterable[Probe | Drift]) -> int:
+    return sum(request.inputs for probe in probes for request in texts_of(probe))
 
 
 def _locate(values: dict, folder: Path) -> None:

@@ -28,11 +28,20 @@ class Checkpoints(NullCallback):
     Args:
         model_files: where ``model.json`` and ``hf/`` come from; copied at the start, as that checkpoint may not stay.
         saved: the step that the run goes on from, if its checkpoint lies in this folder.
+        keeps_start: whether a run begins with a checkpoint, so that gates can go back to it before any look was passed.
     """
 
-    def __init__(self, model_files: Path, names: ModelNames, folder: RunFolder, console, saved: int | None):
+    def __init__(
+        self,
+        model_files: Path,
+        names: ModelNames,
+        folder: RunFolder,
+        console,
+        saved: int | None,
+        keeps_start: bool = False,
+    ):
         self.model_files, self.names, self.folder, self.console = model_files, names, folder, console
-        self._saved = saved
+        self._saved, self._keeps_start = saved, keeps_start
         self._on_its_way: CheckpointSave | None = None
         self._begun = self._held = 0.0
         self._clock = time.monotonic()
@@ -44,6 +53,9 @@ class Checkpoints(NullCallback):
             for name in remove_unfinished(self.folder.path):
                 self.console.print(f" removed {name}, which was never finished", style="dim")
         self.model_files = self.folder.path / MODEL_FILES
+        begins = self._saved is None and not trainer.state.step and not trainer.ends_here
+        if self._keeps_start and begins and trainer.outcome is None:
+            self._save(trainer, ROLLING)
 
     def on_boundary(self, trainer: Trainer, tokens: int) -> None:
         self._advance(trainer, wait=False)
@@ -153,8 +165,8 @@ class Checkpoints(NullCallback):
         there = complete_steps(self.folder.path)
         healthy = [step for step in healthy_steps(history) if step in there]
         passed = [step for step in passed_steps(history) if step in there]
-        kept = {*healthy[-1:], *passed[-1:], choose(history, there).step, _to_go_back_to(trainer, there)} - {None}
-        for name in trim(self.folder.path, newest, options.keep_rolling, options.keep_permanent, kept):
+        kept = {*healthy[-1:], *(passed[-1:] or [0]), choose(history, there).step, _to_go_back_to(trainer, there)}
+        for name in trim(self.folder.path, newest, options.keep_rolling, options.keep_permanent, kept - {None}):
             self.console.print(f" removed {name}, a rolling or permanent one beyond those that stay", style="dim")
 
 

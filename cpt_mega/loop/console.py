@@ -8,8 +8,11 @@ from rich.table import Table
 from rich.text import Text
 
 from cpt_mega.checkpoint.restore import Restore
+from cpt_mega.config import Config
 from cpt_mega.data.sources import Source
 from cpt_mega.engine.fast_paths import FastPath
+from cpt_mega.gates.looks import looks_share, planned_looks
+from cpt_mega.gates.suite import Suite
 
 _COLOURS = {"restored": "green", "fresh": "cyan", "refused": "bold red", "accepted": "yellow", "harmless": "dim"}
 MOST_ODD_ROWS = 5  # said on the console; a corpus may be full of them
@@ -126,6 +129,13 @@ def show_contract(console: Console, restore: Restore) -> None:
     console.print(table)
     for note in restore.start.notes:
         console.print(f" {note}", style="yellow")
+
+
+def looks_line(config: Config, suite: Suite) -> str:
+    """How often a run is looked at, and what that costs; ``gates.look_share`` bounds the part of ``gates.suite`` alone."""
+    count = planned_looks(config)
+    words = f" looks: at step 0 and {count} more, of about {suite.tokens:,} tokens"
+    return words + (f": {looks_share(config, suite.tokens):.1%} of the computing" if config.train.tokens else "")
 
 
 def sources_table(sources: Sequence[Source], shares: Sequence[float]) -> Table:

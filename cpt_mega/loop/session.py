@@ -33,7 +33,7 @@ from cpt_mega.lineage import code_version, new_run_id
 from cpt_mega.loop import rollback
 from cpt_mega.loop.callbacks import Control, Logging
 from cpt_mega.loop.checkpoints import Checkpoints
-from cpt_mega.loop.console import Events, fast_paths_table, make_console, show_contract, sources_table
+from cpt_mega.loop.console import Events, fast_paths_table, looks_line, make_console, show_contract, sources_table
 from cpt_mega.loop.evaluation import Evaluation
 from cpt_mega.loop.guarding import make_guard
 from cpt_mega.loop.hangs import HangWatch
@@ -147,7 +147,8 @@ def _run_claimed(
 
     trainer = Trainer(config, engine, stream, state, guard, decide=_decider(mesh, folder, console))
     going_on = state.step if restore.same_run else None
-    checkpoints = Checkpoints(restore.start.folder, names, folder, console, going_on)
+    keeps_start = inputs.judge.may_roll_back
+    checkpoints = Checkpoints(restore.start.folder, names, folder, console, going_on, keeps_start)
     control = Control(request, folder)
     judging = Judging(inputs.suite, inputs.judge, folder, console, restore.start.folder)
     trainer.callbacks = [
@@ -367,4 +368,6 @@ def _introduce(
     if inputs.sources:
         console.print(sources_table(inputs.sources, mean_shares(config, inputs.sources)))
     console.print(fast_paths_table(fast_paths))
+    if inputs.suite.probes:
+        console.print(looks_line(config, inputs.suite), style="dim")
     console.print(f" start-up: {clock}", style="dim")

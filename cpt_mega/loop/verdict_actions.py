@@ -1,6 +1,7 @@
 """What a verdict does to a run: it ends, goes back to a checkpoint that no gate objected to, or comes to an early end.
 
-All ranks act on the main process' verdict, and the ledger has its line before anything is done.
+The base is such a checkpoint: a run that may go back begins with one of step 0. All ranks act on the main process' verdict, and
+the ledger has its line before anything is done.
 """
 
 from dataclasses import replace
@@ -39,7 +40,7 @@ def _stop(trainer: Trainer, reason: str) -> None:
 def _roll_back(trainer: Trainer, folder: RunFolder, reason: str) -> None:
     options, state, steering = trainer.config.gates, trainer.state, Steering.from_json(trainer.state.steering)
     passed = passed_steps(state.gate_history)
-    steps = [step for step in complete_steps(folder.path) if step in passed and step < state.step]
+    steps = [step for step in complete_steps(folder.path) if step in (0, *passed) and step < state.step]  # 0: the base
     target = trainer.engine.mesh.share(max(steps, default=None))
     if target is None or steering.rollbacks >= options.most_rollbacks:
         why = "no checkpoint is left that gates found healthy" if target is None else f"{steering.rollbacks} were made"

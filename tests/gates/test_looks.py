@@ -5,7 +5,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from cpt_mega.config.load import build_config
-from cpt_mega.gates.looks import early_looks, look_due, look_tokens, planned_looks
+from cpt_mega.gates.looks import early_looks, look_due, look_tokens, looks_share, planned_looks
 
 
 def _config(gates=None, sections=None, **evaluation):
@@ -131,3 +131,4 @@ def test_a_look_may_read_its_share_of_the_computing():
     config = _config({"suite": "s.yaml"}, interval_tokens=10_000, dense_start=False)
     assert look_tokens(config) == pytest.approx(3 * 0.02 * 100_000 / 11)  # and one of step 0
     assert look_tokens(_config({"look_share": None})) == float("inf")
+    assert looks_share(config, round(look_tokens(config))) == pytest.approx(0.02, rel=1e-3)

@@ -100,6 +100,7 @@ def test_a_dry_run_prints_the_plan_and_starts_nothing(workers, jobsite, tmp_path
     done = _cli("--config", jobsite.config, "--dry-run", "--world-size", "8", *words)
     assert done.returncode == 0, done.stderr
     assert "8: TP 2 x PP 2 x DP 2" in done.stdout and "nothing was started" in done.stdout
+    assert re.search(r"looks: at step 0 and \d+ more, of about [\d,]+ tokens: [\d.]+% of the computing", done.stdout)
     assert "'restore.accept=[train.tokens]'    # writes" in done.stdout  # a command to paste, brackets and all
     assert not run.exists()
     run.mkdir()

@@ -135,9 +135,25 @@ def test_without_more_rollbacks_the_run_stops(workers, jobsite, tmp_path):
     assert "no rollback: 0 were made" in status(tmp_path)["reason"]
 
 
-def test_harm_before_any_healthy_checkpoint_stops_the_run(workers, jobsite, tmp_path):
-    words = ["gates.action=roll_back", "optimizer.lr=3.0", "schedule.warmup_tokens=0"]
-    assert trained(workers, jobsite, tmp_path, *HARMFUL, *words) == "gate_stop"
+def test_harm_at_the_first_look_goes_back_to_the_base(workers, jobsite, tmp_path):
+    """The rate that a base cannot stand shows at once; from its own weights the run is one at the lower rate."""
+    words = ["gates.action=roll_back", "optimizer.lr=3.0", "gates.lr_factor=0.001", "schedule.warmup_tokens=0"]
+    assert trained(workers, jobsite, tmp_path / "run", *HARMFUL, *words) == "finished"
+    (back,) = ledger(tmp_path / "run", "rollback")
+    assert back["to_step"] == 0 and metrics(tmp_path / "run", "train")[0]["step"] == 1
+    start = tmp_path / "run" / "checkpoints" / "iter_0000000"
+    base = checkpoint_tensors(jobsite.checkpoint)
+    found = checkpoint_tensors(start) if start.exists() else base  # it may go when a look was passed
+    assert all(torch.equal(found[name], tensor) for name, tensor in base.items())
+    assert {look["action"] for look in ledger(tmp_path / "run", "verdict")[1:]} == {"continue"}
+    assert metrics(tmp_path / "run", "train")[0]["lr"] == pytest.approx(0.003, rel=0.05)  # and not 3
+
+
+def test_without_a_checkpoint_to_go_back_to_the_run_stops(workers, jobsite, tmp_path):
+    """One that was begun without: its gates were told to stop."""
+    words = [*HARMFUL, "optimizer.lr=3.0", "schedule.warmup_tokens=0"]
+    assert trained(workers, jobsite, tmp_path, *words) == "gate_stop"
+    assert trained(workers, jobsite, tmp_path, *words, "gates.action=roll_back") == "gate_stop"
     assert "no checkpoint is left that gates found healthy" in status(tmp_path)["reason"]
 
 
