@@ -43,6 +43,7 @@ name: scenarios
 row_tokens: 1024
 probes:
   knowledge: {{shots: 0, max_items: 200}}
+  reasoning: {{max_items: 200}}
   answers: {{shots: 0, max_items: 100}}
   lists: {{shots: 2, longest: 3}}
   prose: {{max_items: 8}}
@@ -59,12 +60,10 @@ gates: {{suite: {dir}/scenarios/suite.yaml, look_share: null}}
 logging: {{wandb: off, tensorboard: false}}
 """
 HARMFUL = """\
-# Ten times the rate and next to no replay: a source with that role has to be there for a rollback to raise its share. The
-# rate rises so slowly, and looks are so dense, that there is a checkpoint from before the harm.
+# Ten times the rate and next to no replay: a source with that role has to be there for a rollback to raise its share.
 extends: common.yaml
 train: {{tokens: 80_000}}
 optimizer: {{lr: 5.0e-3}}
-schedule: {{warmup_tokens: 50_000}}
 data:
   sources:
     - {{name: domain, path: {dir}/data/domain, role: domain, weight: 0.999}}
