@@ -7,6 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from cpt_mega.data.adaptive import adapted_weights
 from cpt_mega.data.mixture import Mixture
 from cpt_mega.data.stream import EndOfData, MixedStream, Repetition
 from cpt_mega.data.stream_state import StreamState
@@ -325,6 +326,18 @@ def test_what_is_decided_brings_no_source_back_that_was_read_out(sources):
     assert gone in opened(5, stream.state).shares  # it may be read more often now
     with pytest.raises(InputError, match="no source has a share"):
         stream.reweight({name: float(name == gone) for name in "abc"})
+
+
+def test_weights_that_follow_the_losses_keep_what_replay_was_raised_by(sources):
+    roles = dict(zip("abcd", ("domain", "domain", "replay", "replay"), strict=True))
+    stream = MixedStream([replace(source, weight=0.25, role=roles[source.name]) for source in sources], S, seed=0)
+    stream.next_batch(10)
+    for raised, replay in ((0.2, 0.7), (0.3, 0.8)):  # one raise is not on top of another
+        stream.raise_replay(raised)
+        asked = stream.asked_shares(stream.tokens)
+        stream.reweight(adapted_weights(asked, roles, {"a": 1.0, "b": 2.0, "c": 1.0, "d": 3.0}, 1.0, 2.0))
+        assert stream.shares["c"] + stream.shares["d"] == pytest.approx(replay)
+        assert stream.shares["d"] > stream.shares["c"] and stream.shares["b"] > stream.shares["a"]
 
 
 def test_going_back_draws_the_same_again(sources):

@@ -1,6 +1,7 @@
 """The command that measures one model with a suite."""
 
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -69,6 +70,19 @@ def test_what_a_suite_can_show_is_told_without_measuring(folder):
     (folder / "lone.yaml").write_text(lone)
     done = run("--model", folder / "hf", "--suite", folder / "lone.yaml", "--power")
     assert done.returncode == 0 and "answers is not armed: 1 items fall into panels of" in done.stdout
+
+
+def test_a_base_with_another_tokenizer_is_refused(workers, folder, tmp_path):
+    """The drift between two models is measured on tokens that both read."""
+    other = shutil.copytree(folder / "hf", tmp_path / "other")
+    tokenizer = json.loads((other / "tokenizer.json").read_text())
+    vocabulary = tokenizer["model"]["vocab"]
+    ids = list(vocabulary.values())
+    tokenizer["model"]["vocab"] = dict(zip(vocabulary, [*ids[:4], *ids[:3:-1]], strict=True))
+    (other / "tokenizer.json").write_text(json.dumps(tokenizer))
+    words = {"checkpoint": str(folder / "hf"), "suite": str(folder / "suite.yaml"), "overrides": ["precision=fp32"]}
+    with pytest.raises(JobFailed, match="--base = .*other': has another tokenizer or chat template than the model"):
+        workers(1).run("gate_jobs.look", **words, base=str(other))
 
 
 def test_a_model_without_a_tokenizer_is_refused(workers, jobsite, folder):
