@@ -281,7 +281,7 @@ _IN_WORDS = {
 
 def _as_input_error(problem: dict, model: type[BaseModel]) -> InputError:
     """pydantic's first complaint as field, value and fix."""
-    field = ".".join(str(part) for part in problem["loc"])
+    field = ".".join(str(part) for part in problem["loc"]) or "key"  # a name that is no text has no place
     if problem["type"] == "extra_forbidden":
         return InputError(field, problem["input"], "unknown key" + _suggestion(problem["loc"], model))
     if problem["type"] == "missing":

@@ -5,7 +5,7 @@ import tracemalloc
 
 import pytest
 import yaml
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from cpt_mega.config.load import build_config, load_config, resolved_yaml
@@ -77,6 +77,7 @@ def test_the_file_that_is_damaged_below_is_a_good_one(folder):
 
 @CI
 @given(content=damaged_bytes(GOOD) | damaged_json(VALUES))
+@example(content=b'{"\\ud800\\udc00": null}')  # a key that is no text
 def test_a_damaged_configuration_is_read_or_refused(folder, content):
     check(folder, content)
 
