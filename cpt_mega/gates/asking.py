@@ -6,6 +6,7 @@ and each gets the log-probability that it has alone. Those that differ in their 
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from hashlib import blake2b
 
 import numpy as np
 import torch
@@ -139,7 +140,8 @@ def _texts(requests: Sequence[Request]) -> list[_Text]:
     """Requests that differ in their last token alone, as letters and other short choices do, are one text."""
     same: dict[object, list[int]] = {}
     for number, request in enumerate(requests):
-        key = (request.tokens[:-1].tobytes(), request.first, request.lengths) if request.counts is None else number
+        before = blake2b(request.tokens[:-1].tobytes(), digest_size=16).digest()  # held-out texts are long
+        key = (before, request.first, request.lengths) if request.counts is None else number
         same.setdefault(key, []).append(number)
     return [
         _Text(requests[first], (first, *rest), tuple(int(requests[n].tokens[-1]) for n in (first, *rest) if rest))
