@@ -69,11 +69,11 @@ class Content:
 
 
 CONTENTS = {
-    "knowledge": Content(Choice, 400, (4,), even_lengths=True, subjects=20),
-    "reasoning": Content(Choice, 200, (4,), even_lengths=True, subjects=5),
+    "knowledge": Content(Choice, 1200, (4,), even_lengths=True, subjects=20),
+    "reasoning": Content(Choice, 600, (4,), even_lengths=True, subjects=5),
     "answers": Content(Short, 250, subjects=20),
-    "behaviour": Content(Choice, 120, (2, 3, 4), subjects=6),
-    "safety": Content(Choice, 120, (2, 3, 4), subjects=6),
+    "behaviour": Content(Choice, 900, (2, 3, 4), subjects=6),
+    "safety": Content(Choice, 2000, (2, 3, 4), subjects=6),
     "boundaries": Content(Pair, 60),
     "chat": Content(Chat, 150),
     "prose": Content(Passage, 40, subjects=8),

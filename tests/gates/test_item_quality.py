@@ -4,7 +4,10 @@ import re
 
 import pytest
 
+from cpt_mega.gates.arming import USUAL
 from cpt_mega.gates.item_quality import CONTENTS, figures, problems, read, shared
+from cpt_mega.gates.paired import smallest_threshold
+from cpt_mega.gates.suite_schema import RuleOptions
 from tests.helpers.matrix import README
 
 GATES = README.parent / "configs/gates"
@@ -23,6 +26,14 @@ def test_a_file_is_fit_to_measure_with(name):
 def test_no_item_is_in_two_files():
     assert FILES.keys() == CONTENTS.keys()
     assert shared(FILES) == []
+
+
+def test_the_ready_suites_carry_the_usual_thresholds_in_a_run_of_fifteen_looks():
+    shown, lists = 3, 200  # of general.yaml: examples before each question, and items that are made
+    items = {bucket: len(FILES[bucket]) for bucket in ("behaviour", "safety")}
+    items["general"] = len(FILES["knowledge"]) - shown + len(FILES["reasoning"]) + lists
+    for bucket, count in items.items():
+        assert smallest_threshold(count, RuleOptions().alpha / len(USUAL), 15) <= USUAL[bucket], bucket
 
 
 def test_the_page_counts_what_is_there():
