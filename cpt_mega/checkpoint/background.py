@@ -48,7 +48,7 @@ class ForkedCall:
             signal.pthread_sigmask(signal.SIG_SETMASK, before)
         answer.close()
         self._done: tuple | None = None
-        self._moved = self._looked = time.monotonic()
+        self._looked, self._still_s = time.monotonic(), 0.0
         self.stands_still = False
 
     @property
@@ -83,10 +83,11 @@ class ForkedCall:
     def _look(self) -> None:
         before, self._looked = self._looked, time.monotonic()
         done = _done_by(self._process.pid)
-        was_away = self._looked - before > 0.5 * STILL_S  # this process was halted, and the child perhaps too
-        if done is None or done != self._done or was_away:
-            self._done, self._moved = done, self._looked
-        self.stands_still = self._looked - self._moved > STILL_S
+        if done is None or done != self._done:
+            self._done, self._still_s = done, 0.0
+        else:  # no single look tells it: this process may have been halted since the last, and the child too
+            self._still_s += min(self._looked - before, 0.4 * STILL_S)
+        self.stands_still = self._still_s > STILL_S
 
 
 class ThreadedCall:

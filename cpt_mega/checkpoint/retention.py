@@ -4,6 +4,7 @@
 rolling    for going on after a stop: at looks of the gates, at intervals, when a run is stopped; the newest few stay
 permanent  at ``checkpoint.interval_tokens`` and at the end; all stay unless ``checkpoint.keep_permanent`` says how many
 pinned     the last before the decay, and what was asked for by ``SAVE``: never removed
+start      what the run begins from, where gates may go back to it: goes when a later one was passed
 =========  ======================================================================================================
 
 Beside these the newest one, the newest healthy one and the best by the gates are never removed, of whatever kind. The base
@@ -18,7 +19,7 @@ from cpt_mega.checkpoint.trainer_state import STATE_FILE
 from cpt_mega.hf.locate import CHECKPOINTS, iteration_folders
 from cpt_mega.lineage import COMPLETE, is_complete, read_json
 
-ROLLING, PERMANENT, PINNED = "rolling", "permanent", "pinned"
+ROLLING, PERMANENT, PINNED, START = "rolling", "permanent", "pinned", "start"
 
 
 def removable(
@@ -65,4 +66,4 @@ def _kind(folder: Path) -> str | None:
         kind = read_json(folder / STATE_FILE).get("kind", PERMANENT)
     except (OSError, ValueError, AttributeError):
         return None
-    return kind if kind in (ROLLING, PERMANENT, PINNED) else None
+    return kind if kind in (ROLLING, PERMANENT, PINNED, START) else None

@@ -55,7 +55,8 @@ class TrainerState:
         judged_step: the last step at which the gates judged.
         look_pending: whether a look was due at this step and a stop came into its middle.
         gate_stop: why a gate stopped the run here; empty otherwise. A later start judges again before it goes on.
-        kind: why it was saved, as ``retention`` has it: rolling, permanent or pinned.
+        kind: why it was saved, as ``retention`` has it: rolling, permanent, pinned or start.
+        first_step: that the run began from, in this folder: 0, or that of the checkpoint that it goes on from elsewhere.
         gate_history: oldest first.
         steering: what gates have changed of the run, as ``gates.steering.Steering.to_json`` gives it.
         anomaly: what the guard knows, as ``gates.anomaly.AnomalyState.to_json`` gives it; empty for one who knows nothing.
@@ -79,6 +80,7 @@ class TrainerState:
     look_pending: bool = False
     gate_stop: str = ""
     kind: str = "permanent"
+    first_step: Count = 0
     gate_history: list[Look] = field(default_factory=list)
     steering: dict = field(default_factory=dict)
     anomaly: dict = field(default_factory=dict)

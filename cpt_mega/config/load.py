@@ -281,7 +281,7 @@ _IN_WORDS = {
 
 def _as_input_error(problem: dict, model: type[BaseModel]) -> InputError:
     """pydantic's first complaint as field, value and fix."""
-    field = ".".join(str(part) for part in problem["loc"]) or "key"  # a name that is no text has no place
+    field = ".".join(str(part) for part in problem["loc"])
     if problem["type"] == "extra_forbidden":
         return InputError(field, problem["input"], "unknown key" + _suggestion(problem["loc"], model))
     if problem["type"] == "missing":
@@ -290,7 +290,7 @@ def _as_input_error(problem: dict, model: type[BaseModel]) -> InputError:
         field, _, sentence = str(problem["ctx"]["error"]).partition(": ")
         return InputError(field, _given_or_default(field, problem["input"], model), sentence)
     fix = _IN_WORDS.get(problem["type"], problem["msg"][0].lower() + problem["msg"][1:])
-    return InputError(field, problem["input"], fix)
+    return InputError(field or "key", problem["input"], fix)  # a name that is no text has no place
 
 
 def _given_or_default(field: str, given: Any, model: type[BaseModel]) -> Any:

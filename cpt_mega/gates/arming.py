@@ -147,7 +147,7 @@ def _checked(power: Power, suite: Suite) -> ItemGate:
     if gate.threshold >= power.smallest or options.accept_blind or options.threshold is None:
         return gate
     can = f"can carry {power.smallest:.3g}" if power.smallest < 1 else "can carry none"
-    more = "ask more of the suite's by a higher gates.look_share" if suite.is_cut else "give more items"
+    more = "ask more of the suite's by a higher gates.look_share" if suite.cut else "give more items"
     fix = f"{power.items:,} items {can}; {more}, another threshold, or accept_blind: true"
     raise InputError(f"gates.suite rules.{gate.name}.threshold", gate.threshold, fix)
 

@@ -140,13 +140,16 @@ def _texts(requests: Sequence[Request]) -> list[_Text]:
     """Requests that differ in their last token alone, as letters and other short choices do, are one text."""
     same: dict[object, list[int]] = {}
     for number, request in enumerate(requests):
-        before = blake2b(request.tokens[:-1].tobytes(), digest_size=16).digest()  # held-out texts are long
-        key = (before, request.first, request.lengths) if request.counts is None else number
-        same.setdefault(key, []).append(number)
+        same.setdefault(number if request.counts is not None else _all_but_the_last(request), []).append(number)
     return [
         _Text(requests[first], (first, *rest), tuple(int(requests[n].tokens[-1]) for n in (first, *rest) if rest))
         for first, *rest in same.values()
     ]
+
+
+def _all_but_the_last(request: Request) -> tuple:
+    before = blake2b(request.tokens[:-1].tobytes(), digest_size=16).digest()  # held-out texts are long
+    return before, request.first, request.lengths
 
 
 def _of_targets(requests: Sequence[Request]) -> list[_Text]:

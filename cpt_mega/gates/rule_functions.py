@@ -13,6 +13,7 @@ from cpt_mega.gates.verdict import ACTIONS, CONTINUE, HARD, NONE, SOFT, WARN, Lo
 from cpt_mega.lineage import file_digest, text_digest
 
 Rule = Callable[[LookScores, Sequence[Mapping]], tuple[str, str] | None]
+_DIGEST = "__cpt_mega_digest__"  # of a module
 SEEN = ("step", "tokens", "perplexity", "action", "objections")  # of a look, by those that come later
 
 
@@ -52,6 +53,7 @@ def _module(path: Path) -> ModuleType:
     module = importlib.util.module_from_spec(spec)
     sys.modules[name] = module
     try:
+        setattr(module, _DIGEST, file_digest(path))
         spec.loader.exec_module(module)
     except BaseException:
         del sys.modules[name]
@@ -65,21 +67,24 @@ def rule_name(name: str) -> str:
     return f"function:{Path(path).stem}.{function}"
 
 
-def digest_of_file(name: str) -> str | None:
-    """Of the file that a function is in, as it is on disk now; None where it cannot be read."""
+def function_digest(name: str) -> str | None:
+    """Of the file that a function is in, as it was when it was imported; None where it cannot be."""
     try:
-        return file_digest(name.rpartition(":")[0])
-    except OSError:
+        load_function(name)
+    except InputError:
         return None
+    return getattr(_module(Path(name.rpartition(":")[0]).resolve()), _DIGEST)
 
 
 def check_names(functions: Sequence[str]) -> None:
     """Raises InputError for two functions whose rules would have one name: one's verdicts would be taken for the other's."""
     known: dict[str, str] = {}
     for name in functions:
-        if known.setdefault(rule_name(name), name) != name:
-            fix = f"is called {rule_name(name)} in verdicts, as that of {known[rule_name(name)]}; rename the file or it"
+        rule = rule_name(name)
+        if rule in known:
+            fix = f"is called {rule} in verdicts, and so is {known[rule]}; name another, or rename the file or the function"
             raise InputError("rules.functions", name, fix)
+        known[rule] = name
 
 
 def verdict_by_function(name: str, look: LookScores, history: Sequence[Mapping]) -> Verdict:

@@ -6,7 +6,7 @@ in the domain are compared with fixed limits. A function is the user's own. Each
 """
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass
 
 from cpt_mega.gates.item_gates import ItemGate, decide, verdict_of
@@ -77,11 +77,12 @@ class Judge:
         """Gates of items that judge."""
         return [gate for gate in self.item_gates if not gate.disarmed]
 
-    @property
-    def may_roll_back(self) -> bool:
-        """Whether a verdict may ask for it; what a function says is not known before."""
-        actions = {gate.action for gate in self.armed} | ({self.gain.action} if self.gain else set())
-        if self.perplexity_limit is not None:
+    def may_roll_back(self, measured: Collection[str]) -> bool:
+        """Whether a verdict may ask for it; what a function says is not known before. ``measured``: buckets' perplexities."""
+        actions = {gate.action for gate in self.armed}
+        if self.gain is not None and "domain" in measured:
+            actions.add(self.gain.action)
+        if self.perplexity_limit is not None and "general" in measured:
             actions.add(self.perplexity_action)
         return ROLL_BACK in actions or bool(self.functions)
 

@@ -108,6 +108,19 @@ def passed_steps(history: Sequence[dict]) -> list[int]:
     return [look["step"] for look in history if look["action"] == CONTINUE]
 
 
+def steps_to_keep(history: Sequence[dict], there: Collection[int], start: int) -> set[int]:
+    """Steps whose checkpoints stay whatever their kind: the newest healthy one, the best, and what a gate would go back to.
+
+    Args:
+        there: steps that have a checkpoint.
+        start: the step that the run began from, which is gone back to as long as no look was passed.
+    """
+    healthy = [step for step in healthy_steps(history) if step in there]
+    passed = [step for step in passed_steps(history) if step in there]
+    best = choose(history, there).step
+    return {*healthy[-1:], *(passed[-1:] or [start]), *([] if best is None else [best])}
+
+
 def choose(history: Sequence[dict], among: Collection[int], weights: Mapping[str, float] | None = None) -> Choice:
     """Chooses one of a run's checkpoints; see the top of this module.
 

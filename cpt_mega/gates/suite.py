@@ -64,7 +64,7 @@ class Suite:
         digests: by probe.
         of_buckets: names of the probes that make up the perplexity of their bucket.
         rules: what is done about what is found; None for held-out sets alone.
-        notes: what a user should know of it: that not all items are asked, to stay within the tokens of a look.
+        cut: how many of its items are asked, as a sentence, where not all are, to stay within the tokens of a look.
         weights: of the buckets, when a checkpoint is chosen (``selection.py``).
     """
 
@@ -74,7 +74,7 @@ class Suite:
     digests: dict[str, str]
     of_buckets: frozenset[str] = frozenset()
     rules: RuleOptions | None = None
-    notes: tuple[str, ...] = ()
+    cut: str = ""
     weights: Mapping[str, float] = field(default_factory=lambda: WeightOptions().model_dump())
 
     @property
@@ -104,11 +104,6 @@ class Suite:
     def tokens(self) -> int:
         """That a look reads, about: what requests have in common may be read once."""
         return _tokens(self.probes)
-
-    @property
-    def is_cut(self) -> bool:
-        """Whether not all of its items are asked."""
-        return bool(self.notes)
 
     def without(self, names: Collection[str]) -> "Suite":
         """Without some probes."""
@@ -170,7 +165,7 @@ def open_suite(
     options = load_sections(path, SuiteOptions, "suite", _locate)
     maker = _Maker(tokenizer, vocab_size, longest, min(options.row_tokens, longest))
     probes = tuple(maker.made(name, probe) for name, probe in options.probes.items())
-    probes, notes = _within(maker, options, probes, most_tokens)
+    probes, cut = _within(maker, options, probes, most_tokens)
     for probe in probes:
         most = max((request.inputs for request in texts_of(probe)), default=0)
         if not most:
@@ -182,7 +177,7 @@ def open_suite(
             raise InputError(f"suite probe {probe.name}", probe.name, fix)
     ends = [tokenizer.adds_bos, tokenizer.bos_id, tokenizer.eos_id]  # which its files beside the vocabulary decide
     digests, of_buckets = _digests(probes, [tokenizer.digest, ends]), _perplexities(probes)
-    told = {"rules": options.rules, "notes": notes, "weights": options.weights.model_dump()}
+    told = {"rules": options.rules, "cut": cut, "weights": options.weights.model_dump()}
     return Suite(options.name, options.row_tokens, probes, digests, of_buckets, **told)
 
 
@@ -248,19 +243,19 @@ def perplexity_by_bucket(suite: Suite, found: Sequence[Found]) -> dict[str, floa
 
 def _within(
     maker: "_Maker", options: SuiteOptions, probes: tuple[Probe | Drift, ...], most_tokens: float
-) -> tuple[tuple[Probe | Drift, ...], tuple[str, ...]]:
-    """Probes that read no more than that, about, and what there is to say about it.
+) -> tuple[tuple[Probe | Drift, ...], str]:
+    """Probes that read no more than that, about, and how many of the items that leaves, if not all.
 
     A probe asks one item at least, as a reading of none is no reading: many probes may read more in all.
     """
     tokens = _tokens(probes)
     if tokens <= most_tokens:
-        return probes, ()
+        return probes, ""
     counts = {probe.name: max(1, int(len(probe.ids) * most_tokens / tokens)) for probe in probes}
     fewer = [(name, of.model_copy(update={"max_items": counts[name]})) for name, of in options.probes.items()]
     asked, known = sum(counts.values()), sum(len(probe.ids) for probe in probes)
     note = f"a look asks {asked:,} of the suite's {known:,} items, to stay within gates.look_share of the computing"
-    return tuple(maker.made(name, one) for name, one in fewer), (note,)
+    return tuple(maker.made(name, one) for name, one in fewer), note
 
 
 def _tokens(probes: Iterable[Probe | Drift]) -> int:

@@ -3,12 +3,12 @@
 import time
 from pathlib import Path
 
-from cpt_mega.checkpoint.retention import PERMANENT, PINNED, ROLLING, trim
+from cpt_mega.checkpoint.retention import PERMANENT, PINNED, ROLLING, START, trim
 from cpt_mega.checkpoint.saving import CheckpointSave, remove_unfinished
 from cpt_mega.errors import FaultError, SaveStalled
 from cpt_mega.gates.anomaly import AnomalyState, rollback_target
 from cpt_mega.gates.looks import crossed, ends_stable_phase
-from cpt_mega.gates.selection import choose, healthy_steps, passed_steps
+from cpt_mega.gates.selection import steps_to_keep
 from cpt_mega.hf.locate import complete_steps
 from cpt_mega.hf.model_info import copy_model_files
 from cpt_mega.hf.weights import ModelNames
@@ -20,7 +20,8 @@ MODEL_FILES = "model"  # of the run folder
 
 
 class Checkpoints(NullCallback):
-    """A checkpoint at intervals, at each look of the gates, on demand (``SAVE``), and at the end of whatever kind.
+    """A checkpoint at intervals, at each look of the gates, on demand (``SAVE``), at the end of whatever kind, and at the start
+    where gates may go back to it.
 
     At most one is on its way: the next waits for it. Where it is asked for they are written beside the training, and the
     loop is held for what must not change meanwhile; ``close`` ends what is left when a process failed alone.
@@ -28,7 +29,7 @@ class Checkpoints(NullCallback):
     Args:
         model_files: where ``model.json`` and ``hf/`` come from; copied at the start, as that checkpoint may not stay.
         saved: the step that the run goes on from, if its checkpoint lies in this folder.
-        keeps_start: whether a run begins with a checkpoint, so that gates can go back to it before any look was passed.
+        keeps_start: whether a run begins with a checkpoint of what it starts from, for gates to go back to.
     """
 
     def __init__(
@@ -53,9 +54,9 @@ class Checkpoints(NullCallback):
             for name in remove_unfinished(self.folder.path):
                 self.console.print(f" removed {name}, which was never finished", style="dim")
         self.model_files = self.folder.path / MODEL_FILES
-        begins = self._saved is None and not trainer.state.step and not trainer.ends_here
-        if self._keeps_start and begins and trainer.outcome is None:
-            self._save(trainer, ROLLING)
+        begins = self._saved is None and trainer.outcome is None and not trainer.ends_here
+        if self._keeps_start and begins:
+            self._save(trainer, START, waits=True)  # nothing goes on yet that a save beside it would gain from
 
     def on_boundary(self, trainer: Trainer, tokens: int) -> None:
         self._advance(trainer, wait=False)
@@ -99,7 +100,7 @@ class Checkpoints(NullCallback):
         up = time.monotonic() - self._clock >= 60 * minutes
         return bool(trainer.engine.mesh.agree_max([int(up and self.folder.writes)])[0])
 
-    def _save(self, trainer: Trainer, kind: str) -> None:
+    def _save(self, trainer: Trainer, kind: str, waits: bool = False) -> None:
         if self._saved == trainer.state.step:
             return
         self._advance(trainer, wait=True)
@@ -108,7 +109,7 @@ class Checkpoints(NullCallback):
         end_if_lost(trainer, self.folder, *trainer.engine.mesh.agree_max([int(self.folder.lost is not None)]))
         _check_corpora(trainer)
         self._clock = time.monotonic()
-        waits = trainer.outcome is not None or not trainer.config.checkpoint.asynchronous
+        waits = waits or trainer.outcome is not None or not trainer.config.checkpoint.asynchronous
         self._begin(trainer, kind, waits)
         if waits:
             self._advance(trainer, wait=True)
@@ -163,11 +164,9 @@ class Checkpoints(NullCallback):
     def _trim(self, trainer: Trainer, newest: int) -> None:
         history, options = trainer.state.gate_history, trainer.config.checkpoint
         there = complete_steps(self.folder.path)
-        healthy = [step for step in healthy_steps(history) if step in there]
-        passed = [step for step in passed_steps(history) if step in there]
-        kept = {*healthy[-1:], *(passed[-1:] or [0]), choose(history, there).step, _to_go_back_to(trainer, there)}
-        for name in trim(self.folder.path, newest, options.keep_rolling, options.keep_permanent, kept - {None}):
-            self.console.print(f" removed {name}, a rolling or permanent one beyond those that stay", style="dim")
+        kept = steps_to_keep(history, there, trainer.state.first_step) | {_to_go_back_to(trainer, there)} - {None}
+        for name in trim(self.folder.path, newest, options.keep_rolling, options.keep_permanent, kept):
+            self.console.print(f" removed {name}, which need not stay any more", style="dim")
 
 
 def _to_go_back_to(trainer: Trainer, there: list[int]) -> int | None:

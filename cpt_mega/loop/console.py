@@ -133,9 +133,10 @@ def show_contract(console: Console, restore: Restore) -> None:
 
 def looks_line(config: Config, suite: Suite) -> str:
     """How often a run is looked at, and what that costs; ``gates.look_share`` bounds the part of ``gates.suite`` alone."""
-    count = planned_looks(config)
-    words = f" looks: at step 0 and {count} more, of about {suite.tokens:,} tokens"
-    return words + (f": {looks_share(config, suite.tokens):.1%} of the computing" if config.train.tokens else "")
+    if not config.train.tokens:
+        return f" looks: one, of about {suite.tokens:,} tokens"
+    words = f" looks: at step 0 and {planned_looks(config)} more, of about {suite.tokens:,} tokens"
+    return f"{words}: {looks_share(config, suite.tokens):.1%} of the computing"
 
 
 def sources_table(sources: Sequence[Source], shares: Sequence[float]) -> Table:

@@ -60,7 +60,8 @@ def open_inputs(config: Config, start: Start) -> Inputs:
 
 def _warnings(config: Config, sources: list[Source], suite: Suite, judge: Judge) -> Iterator[str]:
     """Choices that are allowed and that usually end badly."""
-    yield from suite.notes
+    if suite.cut:
+        yield suite.cut
     yield from notes_on(judge)
     if sources and all(source.role == "domain" for source in sources):
         yield "no replay source: what the model knew before gets no gradient; add one with role: replay (20 % is usual)"

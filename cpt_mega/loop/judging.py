@@ -11,7 +11,7 @@ from cpt_mega.errors import InputError
 from cpt_mega.gates.arming import armed, notes_on
 from cpt_mega.gates.changes import bucket_changes
 from cpt_mega.gates.diagnosis import lines_of, stage_reading
-from cpt_mega.gates.rule_functions import digest_of_file
+from cpt_mega.gates.rule_functions import function_digest
 from cpt_mega.gates.rules import FLAT, Judge
 from cpt_mega.gates.suite import Found, Suite, perplexity_by_bucket
 from cpt_mega.gates.verdict import CONTINUE, HARD, NOT_JUDGED, WARN, LookScores, Verdict, outcome
@@ -44,7 +44,7 @@ class Judging:
                 self.console.print(f" {note}", style="yellow")
         buckets = {probe.name: probe.bucket for probe in self.suite.probes if probe.name in self.suite.of_buckets}
         line = {"kind": "gates", "step": state.step, **self.rules.to_json(), "perplexity_probes": buckets}
-        files = {name: digest_of_file(name) for name in self.rules.functions}
+        files = {name: function_digest(name) for name in self.rules.functions}
         self.folder.decide(line | {"digests": digests, "function_files": files})
 
     def judge(self, trainer: Trainer, found: Sequence[Found], about: Mapping[str, object]) -> None:

@@ -147,7 +147,7 @@ def _run_claimed(
 
     trainer = Trainer(config, engine, stream, state, guard, decide=_decider(mesh, folder, console))
     going_on = state.step if restore.same_run else None
-    keeps_start = inputs.judge.may_roll_back
+    keeps_start = inputs.judge.may_roll_back(inputs.suite.perplexity_buckets)
     checkpoints = Checkpoints(restore.start.folder, names, folder, console, going_on, keeps_start)
     control = Control(request, folder)
     judging = Judging(inputs.suite, inputs.judge, folder, console, restore.start.folder)
@@ -294,6 +294,7 @@ def _trainer_state(config: Config, restore: Restore, lineage: dict, layout: dict
     state = restore.state or TrainerState("", "", **taken)
     if not restore.same_run:
         state.run_id, state.parent = mesh.share(new_run_id()), str(restore.start.folder)
+        state.first_step = state.step
         state.lineage["parent_weights"] = state.lineage.get("weights")
     before = state.lineage.get("corpora", {})  # a source that is dropped keeps its cursor, so it keeps its name too
     began = state.lineage.get("began") if restore.same_run else restore.start.mode

@@ -1,6 +1,6 @@
 """What a verdict does to a run: it ends, goes back to a checkpoint that no gate objected to, or comes to an early end.
 
-The base is such a checkpoint: a run that may go back begins with one of step 0. All ranks act on the main process' verdict, and
+What a run begins from is such a checkpoint: one that may go back keeps it. All ranks act on the main process' verdict, and
 the ledger has its line before anything is done.
 """
 
@@ -10,7 +10,7 @@ from cpt_mega.errors import RollBack
 from cpt_mega.gates.anomaly import AnomalyState
 from cpt_mega.gates.selection import passed_steps
 from cpt_mega.gates.steering import Steering
-from cpt_mega.gates.verdict import ANNEAL, CONTINUE, ROLL_BACK, STOP, WARN
+from cpt_mega.gates.verdict import ANNEAL, CONTINUE, NOT_JUDGED, ROLL_BACK, STOP, WARN
 from cpt_mega.hf.locate import complete_steps
 from cpt_mega.loop import rollback
 from cpt_mega.loop.run_folder import RunFolder
@@ -22,7 +22,7 @@ def act(trainer: Trainer, folder: RunFolder, action: str, reason: str) -> None:
 
     Raises RollBack, on all ranks, for the run to go on from a checkpoint.
     """
-    if action in (CONTINUE, WARN):
+    if action in (NOT_JUDGED, CONTINUE, WARN):
         return
     if not trainer.config.train.tokens or action == STOP:  # nothing is trained: there is nothing to go back to
         _stop(trainer, reason)
@@ -40,7 +40,7 @@ def _stop(trainer: Trainer, reason: str) -> None:
 def _roll_back(trainer: Trainer, folder: RunFolder, reason: str) -> None:
     options, state, steering = trainer.config.gates, trainer.state, Steering.from_json(trainer.state.steering)
     passed = passed_steps(state.gate_history)
-    steps = [step for step in complete_steps(folder.path) if step in (0, *passed) and step < state.step]  # 0: the base
+    steps = [step for step in complete_steps(folder.path) if step in (state.first_step, *passed) and step < state.step]
     target = trainer.engine.mesh.share(max(steps, default=None))
     if target is None or steering.rollbacks >= options.most_rollbacks:
         why = "no checkpoint is left that gates found healthy" if target is None else f"{steering.rollbacks} were made"

@@ -12,7 +12,7 @@ from pathlib import Path
 from cpt_mega.checkpoint.trainer_state import TrainerState, has_state, read_state
 from cpt_mega.errors import InputError
 from cpt_mega.gates.probes.perplexity import perplexities
-from cpt_mega.gates.rule_functions import digest_of_file, seen
+from cpt_mega.gates.rule_functions import function_digest, seen
 from cpt_mega.gates.rules import Judge
 from cpt_mega.gates.verdict import LookScores, Verdict, outcome
 from cpt_mega.json_types import finite_values
@@ -105,7 +105,7 @@ class _Known:
     def _take_rules(self, line: dict) -> None:
         self.judge = Judge.from_json({each.name: line[each.name] for each in fields(Judge)})
         self.digests, self.buckets = line["digests"], line["perplexity_probes"]
-        self.function_files = line["function_files"]
+        self.function_files = line.get("function_files", {})
 
     def _take_baseline(self, line: dict) -> None:
         self.baseline = {**self.baseline, **_perplexities(line["perplexity"])}
@@ -143,8 +143,8 @@ class _Known:
         }
         again = json.loads(json.dumps(again))
         difference = _difference({name: line[name] for name in again}, again)
-        changed = [name for name, digest in self.function_files.items() if digest_of_file(name) != digest]
-        if difference is not None and changed:
+        changed = [name for name, digest in self.function_files.items() if function_digest(name) != digest]
+        if changed and difference is not None and not difference.startswith("perplexity"):
             difference += f"; the file of {changed[0]} is not what it was then"
         return TakenAgain(line, action, difference)
 

@@ -35,6 +35,28 @@ def test_a_thread_that_never_sleeps_is_not_waited_for_without_end(monkeypatch, r
     thread.join()
 
 
+@pytest.mark.parametrize("between_s", [0.05, 0.6])
+def test_a_process_that_does_nothing_is_ended_however_seldom_it_is_looked_at(monkeypatch, between_s):
+    """Between two steps, which may be long."""
+    monkeypatch.setattr(background, "STILL_S", 0.5)
+    monkeypatch.setattr(background, "_LOOK_S", 0.01)
+    call = ForkedCall(Event().wait)
+    begin = time.monotonic()
+    while call.is_running and time.monotonic() - begin < 20:
+        time.sleep(between_s)
+    assert call.stands_still and "did nothing for" in call.outcome()[1]
+
+
+def test_one_long_pause_of_the_one_that_looks_is_not_held_against_it(monkeypatch):
+    monkeypatch.setattr(background, "STILL_S", 0.5)
+    monkeypatch.setattr(background, "_LOOK_S", 0.01)
+    call = ForkedCall(lambda: time.sleep(1.5) or "done")
+    assert call.is_running
+    time.sleep(1.0)
+    assert call.is_running and call.is_running
+    call.stop()
+
+
 def _work_outside_the_interpreter(seconds: float) -> None:
     end, much = time.monotonic() + seconds, bytes(1 << 22)
     while time.monotonic() < end:

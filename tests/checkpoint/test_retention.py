@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from cpt_mega.checkpoint.retention import PERMANENT, PINNED, ROLLING, removable, trim
+from cpt_mega.checkpoint.retention import PERMANENT, PINNED, ROLLING, START, removable, trim
 from cpt_mega.checkpoint.trainer_state import read_state
 from cpt_mega.gates.selection import choose
 from cpt_mega.hf.weights import model_digest
@@ -28,6 +28,11 @@ KINDS = {1: ROLLING, 2: PERMANENT, 3: ROLLING, 4: PINNED, 5: ROLLING, 6: PERMANE
 )
 def test_the_newest_of_each_kind_and_what_must_stay_stay(rolling, permanent, kept, expected):
     assert removable(KINDS, rolling, permanent, kept) == expected
+
+
+def test_what_a_run_begins_from_stays_as_long_as_it_must():
+    kinds = {0: START, 5: ROLLING, 10: PERMANENT}
+    assert removable(kinds, 2, None, {0}) == [] and removable(kinds, 2, None, ()) == [0]
 
 
 def test_the_newest_stays_of_whatever_kind():

@@ -96,7 +96,7 @@ def test_a_gate_of_answers_with_two_in_each_panel_is_armed():
 
 
 def test_a_suite_that_was_cut_is_told_to_ask_more_of_its_own_items():
-    cut = replace(suite(probe("a", "general", 1000), general={"threshold": 0.01}), notes=("a look asks fewer",))
+    cut = replace(suite(probe("a", "general", 1000), general={"threshold": 0.01}), cut="a look asks fewer")
     with pytest.raises(InputError, match="gates.look_share") as refusal:
         planned_judge(config(), cut)
     assert "give more items" not in str(refusal.value)

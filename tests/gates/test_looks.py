@@ -131,4 +131,4 @@ def test_a_look_may_read_its_share_of_the_computing():
     config = _config({"suite": "s.yaml"}, interval_tokens=10_000, dense_start=False)
     assert look_tokens(config) == pytest.approx(3 * 0.02 * 100_000 / 11)  # and one of step 0
     assert look_tokens(_config({"look_share": None})) == float("inf")
-    assert looks_share(config, round(look_tokens(config))) == pytest.approx(0.02, rel=1e-3)
+    assert looks_share(config, 3_000) == pytest.approx(3_000 * 11 / 3 / 100_000)

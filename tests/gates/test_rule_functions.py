@@ -5,8 +5,9 @@ import sys
 import pytest
 
 from cpt_mega.errors import InputError
-from cpt_mega.gates.rule_functions import check_names, load_function, verdict_by_function
+from cpt_mega.gates.rule_functions import check_names, function_digest, load_function, verdict_by_function
 from cpt_mega.gates.verdict import LookScores
+from cpt_mega.lineage import file_digest
 
 LOOK = LookScores(7, 700, {"domain": 20.0}, {"domain": 25.0}, {}, {})
 EARLIER = {
@@ -115,3 +116,16 @@ def test_two_functions_that_verdicts_could_not_tell_apart_are_refused():
     with pytest.raises(InputError, match="is called function:own.rule in verdicts") as refusal:
         check_names(["a/own.py:rule", "a/own.py:other", "b/own.py:rule"])
     assert refusal.value.value == "b/own.py:rule"
+    with pytest.raises(InputError, match="and so is a/own.py:rule"):
+        check_names(["a/own.py:rule", "a/own.py:rule"])
+
+
+def test_the_digest_is_that_of_the_code_that_judges(tmp_path):
+    """And not of what the file has become meanwhile."""
+    file, name = tmp_path / "own.py", f"{tmp_path / 'own.py'}:rule"
+    file.write_text("def rule(look, history):\n    return 'warn', 'old'")
+    digest = file_digest(file)
+    assert verdict_by_function(name, LOOK, []).reason == "old"
+    file.write_text("def rule(look, history):\n    return 'warn', 'new'")
+    assert function_digest(name) == digest != file_digest(file)
+    assert function_digest(f"{tmp_path / 'gone.py'}:rule") is None

@@ -2,6 +2,7 @@
 
 import json
 import math
+from dataclasses import replace
 
 import pytest
 
@@ -120,3 +121,14 @@ def test_all_rules_speak_and_a_judge_survives_the_ledger():
 
 def test_a_checkpoint_knows_the_rules_that_look_at_perplexity_alone():
     assert {PERPLEXITY, GAIN, PRICE} == ON_PERPLEXITY
+
+
+def test_a_judge_knows_whether_it_may_roll_a_run_back():
+    back = {"perplexity_limit": 0.15, "perplexity_action": "roll_back"}
+    assert Judge(**back).may_roll_back({"domain", "general"}) and not Judge(**back).may_roll_back({"domain"})
+    assert not Judge(perplexity_action="roll_back").may_roll_back({"general"})
+    gain = GainGate(0.005, None, 3, "roll_back", 0, 1)
+    assert Judge(gain=gain).may_roll_back({"domain"}) and not Judge(gain=gain).may_roll_back({"general"})
+    gate = ItemGate("general", ("a",), True, 0.04, "roll_back")
+    assert Judge((gate,)).may_roll_back(()) and not Judge((replace(gate, disarmed="noise"),)).may_roll_back(())
+    assert Judge(functions=("own.py:rule",)).may_roll_back(()) and not Judge().may_roll_back({"general"})

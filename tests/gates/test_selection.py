@@ -18,6 +18,7 @@ from cpt_mega.gates.selection import (
     objected_steps,
     paired_difference,
     passed_steps,
+    steps_to_keep,
 )
 
 fixed = partial(settings, deadline=None, derandomize=True)
@@ -211,3 +212,13 @@ def test_harm_that_was_only_warned_of_is_not_chosen_and_too_little_gain_is_no_ha
     stopped = look(4, "stop", domain=0.5, general=0.0) | {"objections": {"domain_gain": "hard"}}
     assert choose([*history, stopped], {1, 2, 3, 4}).step == 4  # a run that ended early is as good as it is
     assert objected_steps([look(5, "roll_back", domain=0.5)]) == {5}  # of an older version
+
+
+def test_what_must_stay_is_the_healthy_the_best_and_what_is_gone_back_to():
+    warned = look(4, "warn", domain=0.2, general=0.0) | {"objections": {"general": "soft"}}
+    harmed = look(2, "warn", domain=0.9, general=0.0) | {"objections": {"general": "hard"}}
+    assert steps_to_keep([], {0, 2}, 0) == {0}
+    assert steps_to_keep([harmed, warned], {0, 2, 4}, 0) == {0, 4}  # as long as no look was passed
+    passed = look(6, domain=0.1, general=0.0)
+    assert steps_to_keep([harmed, warned, passed], {0, 2, 4, 6}, 0) == {4, 6}
+    assert steps_to_keep([passed, harmed], {7, 2}, 7) == {7}  # a fork: what was passed lies in another folder

@@ -175,13 +175,13 @@ def test_a_harness_probe_says_what_to_install_where_lm_eval_is_not_there(folder,
 
 def test_a_suite_that_is_too_long_for_a_look_asks_a_part_of_each_probe_and_one_item_at_least(folder, tokenizer):
     whole = opened(folder / "suite.yaml", tokenizer)
-    assert not whole.is_cut and not whole.notes
+    assert not whole.cut
     tokens = sum(request.inputs for probe in whole.probes for request in texts_of(probe))
     half, least = (open_suite(folder / "suite.yaml", tokenizer, 1000, 512, most) for most in (tokens / 2, 1))
     counts = {probe.name: len(probe.ids) for probe in whole.probes}
     assert {probe.name: len(probe.ids) for probe in half.probes} == {n: max(1, k // 2) for n, k in counts.items()}
     assert all(len(probe.ids) == 1 for probe in least.probes)
-    assert half.is_cut and "gates.look_share" in half.notes[0] and Suite("eval.sets", 9, (), {}).joined(half).is_cut
+    assert "gates.look_share" in half.cut and Suite("eval.sets", 9, (), {}).joined(half).cut == half.cut
 
 
 def test_some_of_the_items_are_the_same_whatever_their_order():

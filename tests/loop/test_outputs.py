@@ -12,6 +12,7 @@ import pytest
 import yaml
 
 from cpt_mega.loop.lease import Lease
+from cpt_mega.loop.reporters import TensorBoard
 from tests.helpers.jobsite import metrics, status
 
 ROOT = Path(__file__).resolve().parent.parent.parent
@@ -69,6 +70,21 @@ def test_tensorboard_has_megatrons_names(run):
     by_step = {line["step"]: line["loss"] for line in metrics(run, "train")}
     for event in events.Scalars("lm loss"):
         assert event.value == pytest.approx(by_step[event.step], rel=1e-5)
+
+
+def test_tensorboard_lets_go_of_steps_that_a_rollback_to_the_start_took_back(tmp_path):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    for steps, value in (((0, 1, 2), 3.0), ((1, 2, 3), 0.3)):
+        writer = TensorBoard(tmp_path, 0)
+        for step in steps:
+            writer.scalars(step, {"learning-rate": value})
+        writer.close()
+        time.sleep(1.1)  # files are told apart by the second
+    events = EventAccumulator(str(tmp_path / "tensorboard"))
+    events.Reload()
+    assert [event.step for event in events.Scalars("learning-rate")] == [0, 1, 2, 3]
+    assert events.Scalars("learning-rate")[-1].value == pytest.approx(0.3)
 
 
 def test_wandb_works_offline_without_an_account(run):

@@ -141,12 +141,42 @@ def test_harm_at_the_first_look_goes_back_to_the_base(workers, jobsite, tmp_path
     assert trained(workers, jobsite, tmp_path / "run", *HARMFUL, *words) == "finished"
     (back,) = ledger(tmp_path / "run", "rollback")
     assert back["to_step"] == 0 and metrics(tmp_path / "run", "train")[0]["step"] == 1
-    start = tmp_path / "run" / "checkpoints" / "iter_0000000"
-    base = checkpoint_tensors(jobsite.checkpoint)
-    found = checkpoint_tensors(start) if start.exists() else base  # it may go when a look was passed
-    assert all(torch.equal(found[name], tensor) for name, tensor in base.items())
+    assert not (tmp_path / "run" / "checkpoints" / "iter_0000000").exists()  # later looks were passed
     assert {look["action"] for look in ledger(tmp_path / "run", "verdict")[1:]} == {"continue"}
     assert metrics(tmp_path / "run", "train")[0]["lr"] == pytest.approx(0.003, rel=0.05)  # and not 3
+
+
+@pytest.mark.full
+def test_a_fork_goes_back_to_what_it_began_from(workers, jobsite, tmp_path):
+    """What was passed before lies in another folder."""
+    first, fork = tmp_path / "first", tmp_path / "fork"
+    calm = [*HARMFUL, "schedule.warmup_tokens=0", "eval.interval_tokens=800", "checkpoint.interval_tokens=800"]
+    assert trained(workers, jobsite, first, *calm, "optimizer.lr=1e-6", "train.tokens=800") == "finished"
+    origin = newest(first)
+    words = [*calm, "gates.action=roll_back", "gates.lr_factor=0.0001", "restore.mode=auto"]
+    words += [f"model.checkpoint={origin}", "restore.accept=[train.tokens,schedule,optimizer,gates]"]
+    fork.mkdir()
+    (fork / "STOP").touch()
+    begun = [*words, "optimizer.lr=1e-6", "restore.mode=full"]
+    assert trained(workers, jobsite, fork, *begun) == "preempted"
+    start = fork / "checkpoints" / origin.name
+    assert read_state(start).kind == "start" and read_state(start).first_step == read_state(origin).step
+    ours, theirs = checkpoint_tensors(start), checkpoint_tensors(origin)
+    assert ours.keys() == theirs.keys() and all(torch.equal(ours[name], theirs[name]) for name in ours)
+    assert trained(workers, jobsite, fork, *words, "optimizer.lr=3.0") == "finished"
+    assert ledger(fork, "rollback")[0]["to_step"] == read_state(origin).step
+
+
+def test_a_model_that_no_rule_has_anything_to_say_about_is_not_objected_to(workers, jobsite, tmp_path):
+    """Judged alone, as a gates-only job does it: exit code 80 is for a gate that objects."""
+    words = [*HARMFUL, "optimizer.lr=1e-6", "gates.general_perplexity_limit=null"]
+    assert (
+        trained(workers, jobsite, tmp_path / "run", *words, "train.tokens=500", "schedule.warmup_tokens=0")
+        == "finished"
+    )
+    alone = ["train.tokens=0", f"model.checkpoint={newest(tmp_path / 'run')}"]
+    assert trained(workers, jobsite, tmp_path / "judged", *words, *alone) == "finished"
+    assert ledger(tmp_path / "judged", "verdict")[-1]["action"] == "none"
 
 
 def test_without_a_checkpoint_to_go_back_to_the_run_stops(workers, jobsite, tmp_path):
