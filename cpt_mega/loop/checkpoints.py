@@ -166,7 +166,7 @@ class Checkpoints(NullCallback):
         there = complete_steps(self.folder.path)
         kept = steps_to_keep(history, there, trainer.state.first_step) | {_to_go_back_to(trainer, there)} - {None}
         for name in trim(self.folder.path, newest, options.keep_rolling, options.keep_permanent, kept):
-            self.console.print(f" removed {name}, which need not stay any more", style="dim")
+            self.console.print(f" removed {name}: it need not stay any longer", style="dim")
 
 
 def _to_go_back_to(trainer: Trainer, there: list[int]) -> int | None:
