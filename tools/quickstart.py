@@ -75,6 +75,7 @@ data:
     - {{name: replay, path: {dir}/data/replay, role: replay, weight: 0.2}}   # keeps old skills alive
 eval:
   interval_tokens: 100_000
+  max_tokens: 8_192                     # of each set, at each look
   sets:
     - {{path: {dir}/data/domain.heldout, bucket: domain}}
     - {{path: {dir}/data/general.heldout, bucket: general}}
