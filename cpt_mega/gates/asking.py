@@ -43,10 +43,10 @@ def score_requests(
     Raises Interrupted when ``stops`` says so, InputError for a token that the model does not have.
     """
     values, texts = np.zeros((len(requests), 3)), _texts(requests)
-    for asked, rows in _rounds(engine, texts, row_tokens, stops):
-        first = _group_offsets(texts[number] for number in asked)
-        found = score_groups(engine, rows, first[-1]).numpy()
-        for text, start, end in zip((texts[number] for number in asked), first, first[1:], strict=False):
+    for asked, first, rows in _rounds(engine, texts, row_tokens, stops):
+        found = score_groups(engine, rows, int(first[-1])).numpy()
+        for number, start, end in zip(asked, first, first[1:], strict=False):
+            text = texts[number]
             values[list(text.requests)] = found[start] + found[start + 1 : end] if text.lasts else found[start]
             advance(len(text.requests))
     return [Likelihood(logprob, hits == targets, int(targets)) for logprob, hits, targets in values.tolist()]
@@ -60,9 +60,10 @@ def likeliest_tokens(
     stops: Callable[[], bool] = lambda: False,
 ) -> Likeliest:
     """The likeliest tokens at every target of requests; as ``score_requests`` has it, on every rank."""
-    first = _target_offsets(requests)
+    texts = _of_targets(requests)
+    first = _group_offsets(texts)
     ids, logprobs = np.zeros((2, first[-1], count))
-    for asked, rows in _rounds(engine, _of_targets(requests), row_tokens, stops):
+    for asked, _, rows in _rounds(engine, texts, row_tokens, stops):
         places = _targets_of(asked, first)
         found = likeliest_of_targets(engine, rows, len(places), count)
         ids[places], logprobs[places] = found[0].numpy(), found[1].numpy()
@@ -78,9 +79,10 @@ def distributions(
 ) -> tuple[np.ndarray, np.ndarray]:
     """Log-probabilities of given tokens ``ids`` [targets, count] at every target of requests, and [targets] that of the least
     likely token of all; as ``score_requests`` has it, on every rank."""
-    first = _target_offsets(requests)
+    texts = _of_targets(requests)
+    first = _group_offsets(texts)
     logprobs, least = np.zeros(ids.shape), np.zeros(len(ids))
-    for asked, rows in _rounds(engine, _of_targets(requests), row_tokens, stops):
+    for asked, _, rows in _rounds(engine, texts, row_tokens, stops):
         places = _targets_of(asked, first)
         found = logprobs_at_targets(engine, rows, torch.from_numpy(ids[places]))
         logprobs[places], least[places] = found[0].numpy(), found[1].numpy()
@@ -90,17 +92,13 @@ def distributions(
 def hidden_states(engine: Engine, requests: Sequence[Request], row_tokens: int, projection: np.ndarray) -> np.ndarray:
     """Hidden states after each stage of the model, at every target of requests, as ``hidden_at_targets`` has them: float32
     [layers + 2, targets, numbers], on every rank. A collective."""
-    first = _target_offsets(requests)
+    texts = _of_targets(requests)
+    first = _group_offsets(texts)
     found = np.zeros((engine.shape.layers + 2, first[-1], projection.shape[1]), np.float32)
-    for asked, rows in _rounds(engine, _of_targets(requests), row_tokens, lambda: False):
+    for asked, _, rows in _rounds(engine, texts, row_tokens, lambda: False):
         places = _targets_of(asked, first)
         found[:, places] = hidden_at_targets(engine, rows, len(places), torch.from_numpy(projection)).numpy()
     return found
-
-
-def _target_offsets(requests: Sequence[Request]) -> np.ndarray:
-    """Where the targets of each request begin when those of all stand one behind the other; int64 [requests + 1]."""
-    return np.cumsum([0, *(len(request.tokens) - request.first for request in requests)])
 
 
 def _targets_of(asked: np.ndarray, first: np.ndarray) -> np.ndarray:
@@ -153,6 +151,7 @@ def _all_but_the_last(request: Request) -> tuple:
 
 
 def _of_targets(requests: Sequence[Request]) -> list[_Text]:
+    """A text for each request, every target of which is asked for by itself."""
     return [_Text(request, (number,), by_target=True) for number, request in enumerate(requests)]
 
 
@@ -163,10 +162,11 @@ def _group_offsets(texts: Iterable[_Text]) -> np.ndarray:
 
 def _rounds(
     engine: Engine, texts: Sequence[_Text], row_tokens: int, stops: Callable[[], bool]
-) -> Iterator[tuple[np.ndarray, list["_TextRow"]]]:
-    """Packs texts; gives some of them at a time, so many that every process has some micro-batches: their indices, and rows.
+) -> Iterator[tuple[np.ndarray, np.ndarray, list["_TextRow"]]]:
+    """Packs texts; gives some of them at a time, so many that every process has some micro-batches: their indices, int64 [n],
+    where the groups of each begin in the order of the indices, int64 [n + 1], and rows.
 
-    The groups of the rows are those of the texts in the order of the indices. Raises as ``score_requests``.
+    Raises as ``score_requests``.
     """
     if not texts:
         return
@@ -179,8 +179,9 @@ def _rounds(
             raise Interrupted
         rows = range(start, min(start + size, plan.rows))
         asked = np.array([text for row in rows for text, _, _ in plan.pieces(row)], np.int64)
-        first = dict(zip(asked.tolist(), _group_offsets(texts[text] for text in asked).tolist(), strict=False))
-        yield asked, [_TextRow.of(plan, row, texts, first) for row in rows]
+        first = _group_offsets(texts[text] for text in asked)
+        groups = dict(zip(asked.tolist(), first.tolist(), strict=False))
+        yield asked, first, [_TextRow.of(plan, row, texts, groups) for row in rows]
 
 
 @dataclass(frozen=True)

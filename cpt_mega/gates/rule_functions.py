@@ -13,7 +13,6 @@ from cpt_mega.gates.verdict import ACTIONS, CONTINUE, HARD, NONE, SOFT, WARN, Lo
 from cpt_mega.lineage import file_digest, text_digest
 
 Rule = Callable[[LookScores, Sequence[Mapping]], tuple[str, str] | None]
-_DIGEST = "__cpt_mega_digest__"  # of a module
 SEEN = ("step", "tokens", "perplexity", "action", "objections")  # of a look, by those that come later
 
 
@@ -36,7 +35,7 @@ def load_function(name: str) -> Rule:
     """
     path, _, function = name.rpartition(":")
     try:
-        found = getattr(_module(Path(path).resolve()), function)
+        found = getattr(_imported(Path(path).resolve())[0], function)
     except Exception as error:  # the user's own code
         fix = f"cannot be used ({type(error).__name__}: {error}); give path/to/file.py:function"
         raise InputError("rules.functions", name, fix) from error
@@ -46,19 +45,20 @@ def load_function(name: str) -> Rule:
 
 
 @lru_cache(maxsize=64)
-def _module(path: Path) -> ModuleType:
-    """A file, imported under a name that no other file has; dataclasses, for one, look their module up by its name."""
+def _imported(path: Path) -> tuple[ModuleType, str]:
+    """A file, imported under a name that no other file has, and its digest at that moment; dataclasses, for one, look their
+    module up by its name."""
     name = f"cpt_mega_rule_{text_digest(str(path))}"
     spec = importlib.util.spec_from_file_location(name, path)
     module = importlib.util.module_from_spec(spec)
     sys.modules[name] = module
     try:
-        setattr(module, _DIGEST, file_digest(path))
+        digest = file_digest(path)
         spec.loader.exec_module(module)
     except BaseException:
         del sys.modules[name]
         raise
-    return module
+    return module, digest
 
 
 def rule_name(name: str) -> str:
@@ -73,7 +73,7 @@ def function_digest(name: str) -> str | None:
         load_function(name)
     except InputError:
         return None
-    return getattr(_module(Path(name.rpartition(":")[0]).resolve()), _DIGEST)
+    return _imported(Path(name.rpartition(":")[0]).resolve())[1]
 
 
 def check_names(functions: Sequence[str]) -> None:

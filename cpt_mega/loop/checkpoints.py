@@ -48,6 +48,10 @@ class Checkpoints(NullCallback):
         self._clock = time.monotonic()
 
     def on_start(self, trainer: Trainer) -> None:
+        """Copies the model's files, removes what killed runs left, and saves what the run begins from where that is to be kept.
+
+        A collective; raises FaultError as ``CheckpointSave`` does.
+        """
         if self.folder.writes:
             (self.folder.path / MODEL_FILES).mkdir(exist_ok=True)
             copy_model_files(self.model_files, self.folder.path / MODEL_FILES)

@@ -53,9 +53,8 @@ class Judging:
         Raises RollBack, on all ranks, for the run to go on from a checkpoint.
         """
         state, values = trainer.state, perplexity_by_bucket(self.suite, found)
-        earlier = [
-            look for look in state.gate_history if look["step"] != state.step
-        ]  # one here was of the same weights
+        # one at this very step was of the same weights
+        earlier = [look for look in state.gate_history if look["step"] != state.step]
         verdicts = self._verdicts(trainer, self._scores(state, found, values), earlier)
         if verdicts is None:
             return

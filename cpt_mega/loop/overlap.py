@@ -231,8 +231,8 @@ class _Task:
 def _searched(inputs: Inputs, file: Path, keeps: bool, telling: _Telling) -> Searched:
     digests, known = inputs.suite.digests, _read(file)
     places = [_place(source.corpus, inputs.lineage["corpora"][source.name]) for source in inputs.sources]
-    searched = [known[place]["probes"].keys() if place in known else set() for place in places]
-    everywhere = set.intersection(*map(set, searched))  # what is known of all needs not be tokenised
+    known_of = [set(known[place]["probes"]) if place in known else set() for place in places]
+    everywhere = set.intersection(*known_of)  # what is known of all need not be tokenised
     contents = {p.name: () if digests[p.name] in everywhere else p.contents() for p in inputs.suite.probes}
     judged = {name: own for name, own in contents.items() if own is not None}
     tasks = [_task(known, *at, judged, digests) for at in zip(inputs.sources, places, strict=True)]

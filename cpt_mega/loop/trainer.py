@@ -119,7 +119,7 @@ class Trainer:
     _data_ended: str | None = field(default=None, init=False)
     _unsettled: _Launched | None = field(default=None, init=False)
     _batches: Prefetcher | None = field(default=None, init=False)
-    _read_steering: tuple[dict, Steering] | None = field(default=None, init=False)
+    _known_steering: tuple[dict, Steering] | None = field(default=None, init=False)
 
     def __post_init__(self):
         self.learning_rate = LearningRate.from_config(self.config)
@@ -132,9 +132,9 @@ class Trainer:
     @property
     def _steering(self) -> Steering:
         """Asked several times a step; whoever changes it puts another one in its place."""
-        if self._read_steering is None or self._read_steering[0] is not self.state.steering:
-            self._read_steering = (self.state.steering, Steering.from_json(self.state.steering))
-        return self._read_steering[1]
+        if self._known_steering is None or self._known_steering[0] is not self.state.steering:
+            self._known_steering = (self.state.steering, Steering.from_json(self.state.steering))
+        return self._known_steering[1]
 
     @property
     def budget_reached(self) -> bool:

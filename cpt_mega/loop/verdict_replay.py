@@ -143,10 +143,14 @@ class _Known:
         }
         again = json.loads(json.dumps(again))
         difference = _difference({name: line[name] for name in again}, again)
-        changed = [name for name, digest in self.function_files.items() if function_digest(name) != digest]
-        if changed and difference is not None and not difference.startswith("perplexity"):
-            difference += f"; the file of {changed[0]} is not what it was then"
+        if difference is not None and not difference.startswith("perplexity"):
+            difference += self._of_changed_rules()
         return TakenAgain(line, action, difference)
+
+    def _of_changed_rules(self) -> str:
+        """What may be behind a difference: the first rule of the user's whose code is another now."""
+        changed = (name for name, digest in self.function_files.items() if function_digest(name) != digest)
+        return next((f"; the file of {name} is not what it was then" for name in changed), "")
 
     def _look(self, span: list[int]) -> Iterator[dict]:
         """The lines of items that a look wrote."""
