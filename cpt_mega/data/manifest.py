@@ -143,12 +143,18 @@ def strip_measures(sources: list[dict]) -> list[dict]:
     return [{key: value for key, value in source.items() if key not in ("bytes", "sha256")} for source in sources]
 
 
-def changed_sources(manifest: CorpusManifest, units: Sequence[Unit]) -> list[str]:
-    """Paths of sources that are not what the parts were made of; all of them when they make other units."""
+def changed_sources(
+    manifest: CorpusManifest, units: Sequence[Unit], digest: Callable[[int], str] | None = None
+) -> list[str]:
+    """Paths of sources that are not what the parts were made of; all of them when they make other units.
+
+    ``digest(index)`` is asked for a unit's, where it may be known already.
+    """
     if len(units) != len(manifest.parts):
         return [source["path"] for source in manifest.sources]
-    pairs = zip(units, manifest.parts, strict=True)
-    return sorted({unit.path for unit, part in pairs if unit.digest() != part["source_sha256"]})
+    digest = digest or (lambda index: units[index].digest())
+    changed = [index for index, part in enumerate(manifest.parts) if digest(index) != part["source_sha256"]]
+    return sorted({units[index].path for index in changed})
 
 
 def damaged_parts(

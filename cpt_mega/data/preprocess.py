@@ -14,6 +14,7 @@ import numpy as np
 
 from cpt_mega import __version__
 from cpt_mega.data.chat import ChatDocuments, template_digest
+from cpt_mega.data.digests_ahead import DigestsAhead
 from cpt_mega.data.encode import DocumentEncoder, TextDocuments
 from cpt_mega.data.indexed import IndexedCorpus, has_corpus, token_dtype
 from cpt_mega.data.manifest import (
@@ -148,14 +149,18 @@ def preprocess(options: PreprocessOptions, progress: NoProgress | None = None) -
     Raises InputError for bad options, an unusable tokenizer or input, too many rejects, or inputs without any text.
     """
     begun = time.monotonic()
-    tokenizer = TextTokenizer.load(options.tokenizer)
-    plan = _plan(options, tokenizer)
-    if options.reuse and (manifest := _standing(options, plan)):
-        return PreprocessReport(options.prefix, manifest, {}, [], time.monotonic() - begun, reused=True)
-    folder = _open_folder(options, tokenizer, plan)
-    encoder, route = _open_encoder(options, tokenizer, plan)
+    inputs = _survey(options)
+    planned = plan_units(inputs)
+    units = shard_of(planned, *options.shard) if options.shard else planned
+    with DigestsAhead(units, options.workers - 1) as digest:
+        tokenizer = TextTokenizer.load(options.tokenizer)
+        plan = _Plan(inputs, units, _recipe(options, tokenizer, inputs, planned))
+        if options.reuse and (manifest := _standing(options, plan, digest)):
+            return PreprocessReport(options.prefix, manifest, {}, [], time.monotonic() - begun, reused=True)
+        folder = _open_folder(options, tokenizer, plan)
+        encoder, route = _open_encoder(options, tokenizer, plan)
     with folder, Joiner(folder, len(plan.units)) as joiner:
-        work = UnitEncoder(encoder, options.fields, folder, plan.units)
+        work = UnitEncoder(encoder, options.fields, folder, plan.units, digest)
         taken_up_bytes = _encode_all(work, joiner, options.workers, progress or NoProgress())
         rejects = joiner.collect_rejects(_lines_before(plan.units, joiner.reports))
         manifest = _manifest(options, plan, joiner.reports, rejects)
@@ -186,7 +191,7 @@ class _Plan:
     recipe: dict
 
 
-def _plan(options: PreprocessOptions, tokenizer: TextTokenizer) -> _Plan:
+def _survey(options: PreprocessOptions) -> list[Input]:
     inputs = survey(options.inputs, options.include)
     for one in inputs:
         if one.names and os.path.commonpath([one.path, os.path.abspath(options.output)]) == one.path:
@@ -195,9 +200,7 @@ def _plan(options: PreprocessOptions, tokenizer: TextTokenizer) -> _Plan:
             )
     if options.include != ANY_NAME and not any(map(os.path.isdir, options.inputs)):
         raise InputError("--include", " ".join(options.include), "chooses files of folders, and no input is one")
-    planned = plan_units(inputs)
-    units = shard_of(planned, *options.shard) if options.shard else planned
-    return _Plan(inputs, units, _recipe(options, tokenizer, inputs, planned))
+    return inputs
 
 
 def _open_folder(options: PreprocessOptions, tokenizer: TextTokenizer, plan: _Plan) -> PartFolder:
@@ -308,7 +311,7 @@ def _source_names(options: PreprocessOptions, inputs: list[Input]) -> list[dict]
     ]
 
 
-def _standing(options: PreprocessOptions, plan: _Plan) -> CorpusManifest | None:
+def _standing(options: PreprocessOptions, plan: _Plan, digest: DigestsAhead) -> CorpusManifest | None:
     """The manifest of an intact corpus under PREFIX that this very plan made; None when there is none."""
     try:
         manifest = load_manifest(options.prefix)
@@ -318,7 +321,9 @@ def _standing(options: PreprocessOptions, plan: _Plan) -> CorpusManifest | None:
         manifest.check_against(corpus)
     except InputError:
         return None  # damaged: made again
-    if strip_measures(manifest.sources) != _source_names(options, plan.inputs) or changed_sources(manifest, plan.units):
+    if strip_measures(manifest.sources) != _source_names(options, plan.inputs):
+        return None
+    if changed_sources(manifest, plan.units, digest):
         return None
     accepted = manifest.fault_share <= options.max_reject_share
     return manifest if accepted and not damaged_parts(corpus, manifest) else None

@@ -34,10 +34,18 @@ class UnitEncoder:
         encoder, fields: how documents are read and encoded.
         folder: opened; parts are written there.
         units: all of the run; a part has its unit's index.
+        digest: of what the unit of a part stands for, see Unit.
     """
 
-    def __init__(self, encoder: DocumentEncoder, fields: Fields, folder: PartFolder, units: list[Unit]):
-        self.encoder, self.fields, self.folder, self.units = encoder, fields, folder, units
+    def __init__(
+        self,
+        encoder: DocumentEncoder,
+        fields: Fields,
+        folder: PartFolder,
+        units: list[Unit],
+        digest: Callable[[int], str],
+    ):
+        self.encoder, self.fields, self.folder, self.units, self.digest = encoder, fields, folder, units, digest
         self.bytes, self.tokens = CONTEXT.Value("Q", 0), CONTEXT.Value("Q", 0)
         self.stop = CONTEXT.Event()
 
@@ -52,7 +60,7 @@ class UnitEncoder:
                 after_batch()
                 if self.stop.is_set():
                     return part
-            writer.finish(unit.digest())
+            writer.finish(self.digest(part))
         return part
 
     def progress(self) -> tuple[int, int]:
@@ -96,7 +104,7 @@ def _as_completed(pool: ProcessPoolExecutor, parts: deque[int], ahead: int, look
     pending: set[Future] = set()
     while parts or pending:
         while parts and len(pending) < ahead:
-            with _signals_blocked():  # the first one forks the workers
+            with signals_blocked():  # the first one forks the workers
                 pending.add(pool.submit(_work_on, parts.popleft()))
         done, pending = wait(pending, LOOK_S, FIRST_COMPLETED)
         look()
@@ -104,8 +112,8 @@ def _as_completed(pool: ProcessPoolExecutor, parts: deque[int], ahead: int, look
 
 
 @contextlib.contextmanager
-def _signals_blocked() -> Iterator[None]:
-    """A worker is born with signals blocked, and lets them in when it has its own handlers."""
+def signals_blocked() -> Iterator[None]:
+    """A worker is born with signals blocked, and lets them in when it has its own handlers (``begin_worker``)."""
     before = signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
     try:
         yield
@@ -113,10 +121,8 @@ def _signals_blocked() -> Iterator[None]:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
-def _start_worker(work: UnitEncoder, parent: int) -> None:
+def begin_worker(parent: int) -> None:
     """Ctrl-C reaches the parent, which ends its workers in order; without a parent there is nothing to work for."""
-    global _work
-    _work = work
     gc.freeze()  # what came from the parent is not looked through again
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
@@ -124,6 +130,12 @@ def _start_worker(work: UnitEncoder, parent: int) -> None:
     ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
     if os.getppid() != parent:
         os._exit(1)
+
+
+def _start_worker(work: UnitEncoder, parent: int) -> None:
+    global _work
+    _work = work
+    begin_worker(parent)
 
 
 def _work_on(part: int) -> int:

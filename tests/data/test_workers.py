@@ -35,7 +35,7 @@ def encode(batch):
 
 
 def work_on(folder, units):
-    return UnitEncoder(encode, Fields(), folder, units)
+    return UnitEncoder(encode, Fields(), folder, units, lambda part: units[part].digest())
 
 
 @pytest.fixture
