@@ -11,7 +11,7 @@ template that renders a chat turn by turn; one that rewrites earlier turns gives
 import functools
 import json
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 import tokenizers
@@ -80,20 +80,44 @@ class ChatDocuments:
 
         Raises ValueError with a reason, and what the template raises as one.
         """
-        problem = self._problem(messages)
+        self._check(messages)
+        asks = messages[-1]["role"] != "assistant"
+        return self.encode_texts([self._checked_text(messages, add_generation_prompt=asks)])[0]
+
+    def replied(self, messages: list, reply: str) -> tuple[str, str]:
+        """The text of a chat up to the assistant's reply, and that with the reply; what ends the turn is left out.
+
+        Raises ValueError with a reason, and what the template raises as one.
+        """
+        chat = [*messages, {"role": "assistant", "content": reply}]
+        self._check(chat)
+        asked, whole = self._checked_text(messages, add_generation_prompt=True), self._checked_text(chat)
+        start = whole.find(reply, len(asked)) if whole.startswith(asked) else -1
+        if start < 0:
+            raise ValueError("the chat template renders a reply in another way than it asks for one")
+        return whole[:start], whole[: start + len(reply)]
+
+    def encode_texts(self, texts: Sequence[str]) -> list[list[int]]:
+        """Token ids of rendered texts, BOS as in documents and no EOS."""
+        bos = self.tokenizer.bos_id
+        found = [encoded.ids for encoded in self.encoder.encode_batch(list(texts), add_special_tokens=False)]
+        return [[bos, *ids] if self.bos and ids[:1] != [bos] else ids for ids in found]
+
+    def _check(self, messages: list) -> None:
+        problem = self.problem(messages)
         if problem:
             raise ValueError(problem)
+
+    def _checked_text(self, messages: list, add_generation_prompt: bool = False) -> str:
         try:
-            text = self._text(messages, add_generation_prompt=messages[-1]["role"] != "assistant")
+            return self._text(messages, add_generation_prompt)
         except Exception as error:  # a template is a program: it raises what it likes
             raise ValueError(f"the chat template refuses it: {error!r}") from error
-        ids = self.encoder.encode(text, add_special_tokens=False).ids
-        return [self.tokenizer.bos_id, *ids] if self.bos and ids[:1] != [self.tokenizer.bos_id] else ids
 
     def _encode(self, chat: Document) -> tuple[np.ndarray, np.ndarray, int] | Reject:
         """Ids, mask and bytes of text."""
         try:
-            problem = self._problem(chat.content)
+            problem = self.problem(chat.content)
         except RecursionError:
             problem = "messages within messages without end"
         if problem:
@@ -120,7 +144,8 @@ class ChatDocuments:
         result[-1] = mask[end] if end < len(ids) else 0
         return result
 
-    def _problem(self, messages: list) -> str | None:
+    def problem(self, messages: list) -> str | None:
+        """Why messages are no chat that may be rendered, as a sentence; None when they are."""
         if not messages:
             return EMPTY
         for message in messages:

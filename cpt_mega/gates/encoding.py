@@ -1,14 +1,17 @@
 """Texts and what goes on behind them, as requests to the model."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 
 from cpt_mega.data.tokenizer import TextTokenizer
 from cpt_mega.errors import InputError
+from cpt_mega.gates.chats import ChatTexts
 from cpt_mega.gates.requests import Request
 
 _BEFORE = ("", " ", "\n")  # what a text stands behind in a document; its first token is another one then
+
+_Encode = Callable[[Sequence[str]], list[list[int]]]
 
 
 class Encoder:
@@ -27,12 +30,11 @@ class Encoder:
 
     def continued(self, pairs: Sequence[tuple[str, str]]) -> list[Request]:
         """A request for each text and its continuation. Raises InputError for a continuation that has no token."""
-        before = self.tokenizer.encode_batch([text for text, _ in pairs])
-        whole = self.tokenizer.encode_batch([text + more for text, more in pairs])
-        for (_, more), alone, ids in zip(pairs, before, whole, strict=True):
-            if ids == alone:  # it has none, or only what a normaliser takes away
-                raise InputError("items", more, "has no token under this tokenizer; leave the item out")
-        return [self._request(*ids) for ids in zip(before, whole, strict=True)]
+        return self._requests(pairs, self.tokenizer.encode_batch, self._front)
+
+    def replied(self, pairs: Sequence[tuple[str, str]], chats: ChatTexts) -> list[Request]:
+        """The same for texts that a chat template rendered."""
+        return self._requests(pairs, chats.encode, [])
 
     def opened(self, texts: Sequence[str]) -> list[list[int]]:
         """Token ids of texts from the start of a document, without its end."""
@@ -50,8 +52,15 @@ class Encoder:
                 own[tuple(ids[len(alone) :] if ids[: len(alone)] == alone else ids)] = None
         return [tuple(np.array(ids, np.int64) for ids in own) for own in found]
 
-    def _request(self, before: list[int], whole: list[int]) -> Request:
+    def _requests(self, pairs: Sequence[tuple[str, str]], encode: _Encode, front: list[int]) -> list[Request]:
+        before, whole = (encode([text + more for text, more in some]) for some in ([(t, "") for t, _ in pairs], pairs))
+        for (_, more), alone, ids in zip(pairs, before, whole, strict=True):
+            if ids == alone:  # it has none, or only what a normaliser takes away
+                raise InputError("items", more, "has no token under this tokenizer; leave the item out")
+        return [self._request(*ids, front) for ids in zip(before, whole, strict=True)]
+
+    def _request(self, before: list[int], whole: list[int], front: list[int]) -> Request:
         same = next((i for i, (a, b) in enumerate(zip(before, whole, strict=False)) if a != b), len(before))
         first = min(same, len(whole) - 1)
-        front = self._front or ([] if first else self._start)
+        front = front or ([] if first else self._start)
         return Request(np.array([*front, *whole], np.int64), len(front) + first)

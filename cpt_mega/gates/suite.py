@@ -16,7 +16,7 @@ import numpy as np
 
 from cpt_mega.config.load import load_sections
 from cpt_mega.config.schema import Config
-from cpt_mega.data.chat import ChatDocuments, has_template
+from cpt_mega.data.chat import TEMPLATE_FILE, ChatDocuments, has_template
 from cpt_mega.data.heldout import heldout_documents
 from cpt_mega.data.indexed import IndexedCorpus
 from cpt_mega.data.manifest import ALL
@@ -26,6 +26,7 @@ from cpt_mega.engine.step import Engine
 from cpt_mega.errors import InputError
 from cpt_mega.gates import items as files
 from cpt_mega.gates.asking import distributions, likeliest_tokens, score_requests
+from cpt_mega.gates.chats import ChatTexts
 from cpt_mega.gates.encoding import Encoder
 from cpt_mega.gates.items import first_items
 from cpt_mega.gates.probes.answers import Answers
@@ -288,7 +289,8 @@ class _Maker:
     def _choice(self, name: str, options: ChoiceOptions) -> Choice:
         shown, items = _split(name, files.read_choices(Path(options.items)), options)
         metric = options.metric or ("acc" if options.style == "letters" else "acc_norm")
-        return Choice(name, options.bucket, items, self.encoder, options.style, metric, shown)
+        chats = self._chats(f"suite probe {name}", options)
+        return Choice(name, options.bucket, items, self.encoder, options.style, metric, shown, chats=chats)
 
     def _answers(self, name: str, options: AnswerOptions) -> Answers:
         shown, items = _split(name, files.read_answers(Path(options.items)), options)
@@ -318,13 +320,23 @@ class _Maker:
     def _drift(self, name: str, options: DriftOptions) -> Drift:
         path = Path(options.items)
         if files.holds_chats(path):
-            texts = self._chats(name, first_items(files.read_chats(path), options.max_items))
+            texts = self._rendered(name, first_items(files.read_chats(path), options.max_items))
         else:
             documents = self._texts(first_items(files.read_texts(path, options.field), options.max_items))
             texts = [(document.id, document.tokens) for document in documents]
         return Drift(name, options.bucket, [text for text in texts if len(text[1]) > 1], options.count)
 
-    def _chats(self, name: str, items: Sequence[files.ChatItem]) -> list[tuple[str, np.ndarray]]:
+    def _chats(self, field: str, options: ChoiceOptions) -> ChatTexts | None:
+        if options.chat and options.style != "reply":
+            raise InputError(f"{field} chat", options.chat, "is for style: reply alone")
+        if options.chat and not has_template(self.tokenizer):
+            fix = f"the tokenizer has no chat template; put one into {TEMPLATE_FILE} beside it, or leave chat out"
+            raise InputError(f"{field} chat", options.chat, fix)
+        if options.style != "reply" or options.chat is False or not has_template(self.tokenizer):
+            return None
+        return ChatTexts(self.tokenizer)
+
+    def _rendered(self, name: str, items: Sequence[files.ChatItem]) -> list[tuple[str, np.ndarray]]:
         """As the tokenizer's template renders them; without one, as lines of a dialogue.
 
         One more token follows, so that the first one of a reply is a place that is looked at.

@@ -39,6 +39,9 @@ class ChoiceOptions(FewShotOptions):
         description="cloze: each choice behind 'Answer:'; letters: choices are listed, and their letters scored; "
         "continuation: each choice behind the text; reply: as the assistant's, behind what a user says",
     )
+    chat: bool | None = Field(
+        None, description="reply: as the tokenizer's chat template has it; none: where there is one"
+    )
     metric: Literal["acc", "acc_norm"] | None = Field(
         None, description="what gates compare: the likeliest choice, or the likeliest per byte; none: acc for letters"
     )

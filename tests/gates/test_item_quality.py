@@ -5,6 +5,7 @@ import re
 import pytest
 
 from cpt_mega.gates.arming import USUAL
+from cpt_mega.gates.chats import messages_of
 from cpt_mega.gates.item_quality import CONTENTS, figures, problems, read, shared
 from cpt_mega.gates.paired import smallest_threshold
 from cpt_mega.gates.suite_schema import RuleOptions
@@ -21,6 +22,15 @@ def _changed(name, place=0, **fields):
 @pytest.mark.parametrize("name", CONTENTS)
 def test_a_file_is_fit_to_measure_with(name):
     assert problems(name, FILES[name]) == []
+
+
+@pytest.mark.parametrize("name", ["behaviour", "safety"])
+def test_every_dialogue_is_one_by_its_turns(name):
+    """A user's turn is last, and none is within another."""
+    for item in FILES[name]:
+        messages, _ = messages_of(item["question"])
+        assert messages[-1]["role"] == "user", item["id"]
+        assert not re.search(r"^(User|Assistant):", messages[-1]["content"], re.M), item["id"]
 
 
 def test_no_item_is_in_two_files():

@@ -106,3 +106,15 @@ def checkpoint_tensors(folder: str | Path) -> dict:
     }
     dcp.load(tensors, storage_reader=dcp.FileSystemReader(folder), no_dist=True)
     return tensors
+
+
+def assert_same_end(run: Path, other: Path) -> None:
+    """The same losses and the same last checkpoint, moments and all."""
+    import torch
+
+    losses = [{line["step"]: line["loss"] for line in metrics(folder, "train")} for folder in (run, other)]
+    assert losses[0] == losses[1]
+    newest = [sorted((folder / "checkpoints").glob("iter_*"))[-1] for folder in (run, other)]
+    tensors = [checkpoint_tensors(folder) for folder in newest]
+    assert newest[0].name == newest[1].name and tensors[0].keys() == tensors[1].keys()
+    assert all(torch.equal(tensor, tensors[1][name]) for name, tensor in tensors[0].items())

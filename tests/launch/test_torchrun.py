@@ -2,6 +2,7 @@
 
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -10,22 +11,23 @@ from pathlib import Path
 import psutil
 import pytest
 
-from tests.helpers.jobsite import metrics, status
+from tests.helpers.jobsite import assert_same_end, metrics, status
+from tests.helpers.slow_saves import slow_saves
 from tests.helpers.slurm import until
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 LAUNCHER = ROOT / "launch" / "torchrun.sh"
 
 
-def _start(jobsite, run, *overrides) -> subprocess.Popen:
+def _start(jobsite, run, *overrides, **environment: str) -> subprocess.Popen:
     command = ["bash", str(LAUNCHER), jobsite.config, f"run.dir={run}", *overrides]
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-    return subprocess.Popen(command, cwd=ROOT, start_new_session=True, **pipes)
+    return subprocess.Popen(command, cwd=ROOT, env={**os.environ, **environment}, start_new_session=True, **pipes)
 
 
-def _finish(process) -> tuple[int, str, str]:
+def _finish(process, timeout_s: float = 120) -> tuple[int, str, str]:
     try:
-        out, err = process.communicate(timeout=120)
+        out, err = process.communicate(timeout=timeout_s)
         return process.returncode, out, err
     finally:
         if process.poll() is None:
@@ -107,6 +109,44 @@ def test_a_signal_ends_with_75_and_the_same_command_goes_on(jobsite, tmp_path, n
     )
     assert again.returncode == 0 and status(run)["state"] == "finished"
     assert metrics(run, "train")[ended["step"]]["step"] == ended["step"] + 1
+
+
+@pytest.mark.full
+def test_a_save_of_a_minute_is_not_cut_short(jobsite, tmp_path):
+    """torchrun itself ends its workers 30 s after a signal."""
+    run = tmp_path / "run"
+    words = ["train.tokens=100_000", "parallel.tp=2", "parallel.sp=true", "eval.sets=[]"]
+    process = _start(jobsite, run, *words, **slow_saves(tmp_path / "slow", 60))
+    _wait_for_steps(run, 2)
+    asked = time.monotonic()
+    process.send_signal(signal.SIGTERM)
+    code, _, err = _finish(process, 240)
+    assert code == 75 and "Traceback" not in err and time.monotonic() - asked > 60
+    assert sorted(path.name for path in (tmp_path / "slow").glob("slept.*")) == ["slept.0", "slept.1"]
+    ended = status(run)
+    assert ended["state"] == "preempted" and (run / "checkpoints" / f"iter_{ended['step']:07d}" / "COMPLETE").is_file()
+
+
+@pytest.mark.full
+def test_two_machines_start_again_by_themselves(jobsite, tmp_path, workers):
+    """A process of one is killed: torchrun on both starts all of them again, and the run ends bit for bit."""
+    words = ["train.tokens=30_000", "eval.sets=[]", "checkpoint.interval_tokens=2_000", "parallel.tp=2"]
+    workers(4).run("train", config=jobsite.config, overrides=[f"run.dir={tmp_path / 'through'}", *words])
+    run = tmp_path / "run"
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        endpoint = f"127.0.0.1:{probe.getsockname()[1]}"
+    several = {"NNODES": "2", "NPROC": "2", "RDZV_ENDPOINT": endpoint, "MAX_RESTARTS": "1", "OMP_NUM_THREADS": "1"}
+    machines = [_start(jobsite, run, *words, **several) for _ in range(2)]
+    until(lambda: len(list((run / "checkpoints").glob("iter_*/COMPLETE"))) > 1)
+    trainers = [one for one in psutil.Process(machines[1].pid).children(recursive=True) if "RANK" in one.environ()]
+    trainers[-1].kill()
+    ends = [_finish(machine, 300) for machine in machines]
+    assert [code for code, _, _ in ends] == [0, 0], ends
+    assert status(run)["state"] == "finished"
+    restores = [line for line in (run / "ledger.jsonl").read_text().splitlines() if '"restore"' in line]
+    assert len(restores) == 2
+    assert_same_end(run, tmp_path / "through")
 
 
 @pytest.mark.parametrize(("changed", "code"), [("in this launch", 75), ("in an earlier one", 2)])

@@ -11,18 +11,26 @@ from collections.abc import Sequence
 from statistics import fmean
 from typing import Literal
 
+from cpt_mega.errors import InputError
+from cpt_mega.gates.chats import ASSISTANT, ChatTexts
 from cpt_mega.gates.encoding import Encoder
 from cpt_mega.gates.items import LETTERS, ChoiceItem
 from cpt_mega.gates.probes.probe import RIGHT_OR_WRONG, Content, ItemScore, Reading
-from cpt_mega.gates.requests import Likelihood
+from cpt_mega.gates.requests import Likelihood, Request
 
 Style = Literal["cloze", "letters", "continuation", "reply"]
-_ASSISTANT = "Assistant:"  # where a text names it, it has the user's words before it, and may begin the reply
 
 
 class Choice:
-    """Items with a right choice; ``shown`` are put before each, with their answers, and not scored. Items that are generated
-    have nothing that could be learnt by heart."""
+    """Items with a right choice.
+
+    Args:
+        shown: put before each, with their answers, and not scored.
+        are_generated: such items have nothing that could be learnt by heart.
+        chats: renders questions and choices as a user's and an assistant's; an item that spells a special token is put without.
+
+    Raises InputError for an item that the chat template refuses, and what ``Encoder`` raises.
+    """
 
     scale = RIGHT_OR_WRONG
 
@@ -36,15 +44,22 @@ class Choice:
         metric: str = "acc",
         shown: Sequence[ChoiceItem] = (),
         are_generated: bool = False,
+        chats: ChatTexts | None = None,
     ):
         self.name, self.bucket, self.metric = name, bucket, metric
         self._items, self._style, self._encoder, self._are_generated = list(items), style, encoder, are_generated
         self.ids = [item.id for item in self._items]
         before = "".join(f"{_prompt(item, style)}{_endings(item, style)[item.answer]}\n\n" for item in shown)
-        self._pairs = [
-            (before + _prompt(item, style), ending) for item in self._items for ending in _endings(item, style)
-        ]
-        self.requests = encoder.continued(self._pairs)
+        self._pairs: list[tuple[str, str]] = []
+        self.requests: list[Request] = []
+        for item in self._items:
+            pairs = self._in_chat(chats, item, shown) if chats else None
+            if pairs is None:
+                pairs = [(before + _prompt(item, style), ending) for ending in _endings(item, style)]
+                self.requests += encoder.continued(pairs)
+            else:
+                self.requests += encoder.replied(pairs, chats)
+            self._pairs += pairs
 
     def contents(self) -> list[Content] | None:
         """See Probe: the question and its right answer."""
@@ -72,6 +87,16 @@ class Choice:
         metrics = [self.metric, *(name for name in ("acc", "acc_norm", "brier") if name != self.metric)]
         return [Reading(metric, fmean(item.values[metric] for item in items), len(items)) for metric in metrics]
 
+    def _in_chat(self, chats: ChatTexts, item: ChoiceItem, shown: Sequence[ChoiceItem]) -> list[tuple[str, str]] | None:
+        """The texts of an item as a chat; None where one spells a special token."""
+        turns = [(one.question, one.choices[one.answer]) for one in shown]
+        try:
+            pairs = [chats.pair(turns, item.question, choice) for choice in item.choices]
+        except ValueError as error:
+            fix = f"{error}; leave the item out, or give the probe chat: false"
+            raise InputError(f"suite probe {self.name}", item.id, fix) from error
+        return None if None in pairs else pairs
+
     def _score(self, item: ChoiceItem, answers: Sequence[Likelihood]) -> ItemScore:
         logprobs = [answer.logprob for answer in answers]
         if not any(map(math.isfinite, logprobs)):
@@ -93,10 +118,10 @@ class Choice:
 
 
 def _prompt(item: ChoiceItem, style: Style) -> str:
-    if style == "continuation" or (style == "reply" and _ASSISTANT in item.question):
+    if style == "continuation" or (style == "reply" and ASSISTANT in item.question):
         return item.question
     if style == "reply":
-        return f"User: {item.question}\n{_ASSISTANT}"
+        return f"User: {item.question}\n{ASSISTANT}"
     listed = [f"{letter}. {choice}" for letter, choice in zip(LETTERS, item.choices, strict=False)]
     lines = [f"Question: {item.question}", *(listed if style == "letters" else ()), "Answer:"]
     return "\n".join(lines)
