@@ -5,9 +5,10 @@ round, and end one that learns nothing.
 
 First the quickstart's own steps, up to the imported base model. Then every scenario with every seed (of data order) through
 ``launch/torchrun.sh``, one process, with a suite that extends ``configs/gates/general.yaml``; the harmful one also with gates
-that only warn. Of every run all decisions are taken again (``tools/replay_ledger.py``), and a checkpoint is asked for
-(``tools/select_checkpoint.py``). Exit code 1 when anything is not as promised. Ctrl-C is safe: the same command goes on.
-``--report`` judges and draws again what is in DIR. About 25 minutes. Needs the extra ``plots``.
+of items alone, and with gates that only warn. Of every run all decisions are taken again (``tools/replay_ledger.py``), and a
+checkpoint is asked for (``tools/select_checkpoint.py``). Exit code 1 when anything is not as promised. Ctrl-C is safe: the same
+command goes on.
+``--report`` judges and draws again what is in DIR. About 40 minutes. Needs the extra ``plots``.
 """
 
 import argparse
@@ -26,6 +27,7 @@ for place in (ROOT, ROOT / "tools"):
         sys.path.insert(0, str(place))
 
 from gate_courses import Course, read_course  # noqa: E402
+from gate_items import write_word_order  # noqa: E402
 from gate_pictures import draw_courses  # noqa: E402
 from quickstart import Quickstart, Step, digest, plan  # noqa: E402
 from rich.console import Console  # noqa: E402
@@ -34,18 +36,21 @@ from rich.table import Table  # noqa: E402
 from cpt_mega.command_line import run_tool  # noqa: E402
 from cpt_mega.errors import FaultError, InputError  # noqa: E402
 from cpt_mega.gates.rules import GAIN, PERPLEXITY  # noqa: E402
+from cpt_mega.gates.verdict import HARD  # noqa: E402
 from cpt_mega.loop.run_folder import read_status  # noqa: E402
 
 SUITE = """\
-# What the runs are looked at with: general.yaml with fewer items and shorter prompts, for a look of seconds on one core.
+# What the runs are looked at with: general.yaml with fewer items and shorter prompts, for a look of seconds on one core, and
+# the order of words in held-out general text: all else is near chance for so small a model.
 extends: {root}/configs/gates/general.yaml
 name: scenarios
 row_tokens: 1024
 probes:
-  knowledge: {{shots: 0, max_items: 200}}
-  reasoning: {{max_items: 200}}
-  answers: {{shots: 0, max_items: 100}}
-  lists: {{shots: 2, longest: 3}}
+  order: {{bucket: general, kind: choice, items: order.jsonl, style: continuation}}
+  knowledge: {{shots: 0, max_items: 50}}
+  reasoning: {{max_items: 50}}
+  answers: {{shots: 0, max_items: 50}}
+  lists: {{shots: 2, longest: 3, max_items: 50}}
   prose: {{max_items: 8}}
   boundaries: {{max_items: 8}}
 """
@@ -72,7 +77,9 @@ eval: {{interval_tokens: 10_000}}
 checkpoint: {{interval_tokens: 10_000}}
 gates: {{action: roll_back, lr_factor: 0.1, replay_step: 0.2}}
 """
-HEALTHY_NAME, HARMFUL_NAME, UNGATED_NAME, FLAT_NAME = "healthy", "harmful", "harmful, only warned", "flat"
+HEALTHY_NAME, HARMFUL_NAME, ITEMS_NAME = "healthy", "harmful", "harmful, items alone"
+UNGATED_NAME, FLAT_NAME = "harmful, only warned", "flat"
+ITEM_GATE = "general"  # of right-or-wrong items of that bucket
 LEAST_GAIN = 0.2  # of domain perplexity in a healthy run, as the quickstart promises
 
 
@@ -92,6 +99,11 @@ class Scenario:
 SCENARIOS = (
     Scenario(HEALTHY_NAME, "extends: common.yaml\n", "no hard verdict, exit code 0, the domain 20 % better"),
     Scenario(HARMFUL_NAME, HARMFUL, "rolled back, adjusted, better general text than without gates"),
+    Scenario(
+        ITEMS_NAME,
+        "extends: harmful.yaml\ngates: {{general_perplexity_limit: null}}\n",
+        "rolled back for the items it gets wrong, better general text than without gates",
+    ),
     Scenario(UNGATED_NAME, "extends: harmful.yaml\ngates: {{action: warn}}\n", "the same, for comparison"),
     Scenario(FLAT_NAME, "extends: common.yaml\noptimizer: {{lr: 1.0e-7}}\n", "stopped early, says what is left"),
 )
@@ -148,6 +160,7 @@ def write_configs(folder: Path) -> None:
     texts = {"suite": SUITE, "common": COMMON} | {scenario.slug: scenario.config for scenario in SCENARIOS}
     for name, text in texts.items():
         (place / f"{name}.yaml").write_text(text.format(dir=folder, root=ROOT))
+    write_word_order(folder / "data" / "general.heldout.jsonl", place / "order.jsonl")
 
 
 def run_steps(folder: Path, seeds: int) -> list[Step]:
@@ -196,7 +209,7 @@ def report(folder: Path, runs: list[Run], console: Console) -> int:
     for scenario in SCENARIOS:
         pictures.append(folder / f"{scenario.slug}.png")
         courses = courses_of(runs, scenario.name)
-        others = courses_of(runs, UNGATED_NAME) if scenario.name == HARMFUL_NAME else None
+        others = courses_of(runs, UNGATED_NAME) if scenario.name in (HARMFUL_NAME, ITEMS_NAME) else None
         draw_courses(courses, pictures[-1], f"{scenario.name}: {scenario.asked}", others)
     missed = problems(runs)
     for problem in missed:
@@ -232,10 +245,18 @@ def _of_healthy(course: Course, _: Course | None) -> list[str]:
 
 
 def _of_harmful(course: Course, twin: Course | None) -> list[str]:
+    return _turned_round(course, twin, PERPLEXITY)
+
+
+def _of_items(course: Course, twin: Course | None) -> list[str]:
+    return _turned_round(course, twin, ITEM_GATE)
+
+
+def _turned_round(course: Course, twin: Course | None, rule: str) -> list[str]:
     if not course.rollbacks:
         return ["no rollback"]
-    fired = all(PERPLEXITY in look.levels for look in course.rollbacks)
-    found = [] if fired else ["rolled back for something else than general perplexity"]
+    fired = all(look.levels.get(rule) == HARD for look in course.rollbacks)
+    found = [] if fired else [f"rolled back for something else than {rule}"]
     found += [] if course.lr_scale < 1 and course.raised_replay > 0 else ["nothing was adjusted"]
     found += [f"ended with {course.exit_code}"] if course.exit_code else []
     if twin is not None and not course.change("general") < twin.change("general"):
@@ -254,7 +275,13 @@ def _of_flat(course: Course, _: Course | None) -> list[str]:
     )
 
 
-_CHECKS = {HEALTHY_NAME: _of_healthy, HARMFUL_NAME: _of_harmful, UNGATED_NAME: _of_ungated, FLAT_NAME: _of_flat}
+_CHECKS = {
+    HEALTHY_NAME: _of_healthy,
+    HARMFUL_NAME: _of_harmful,
+    ITEMS_NAME: _of_items,
+    UNGATED_NAME: _of_ungated,
+    FLAT_NAME: _of_flat,
+}
 
 
 def summary(run: Run) -> dict:
