@@ -220,7 +220,7 @@ def test_items_of_word_order_have_the_texts_own_among_others(load, tmp_path):
     count = write(tmp_path / "texts.jsonl", tmp_path / "a.jsonl")
     items = [json.loads(line) for line in (tmp_path / "a.jsonl").read_text().splitlines()]
     assert count == len(items) == 2  # of words that are all the same there is one order
-    for item, place in zip(items, (8, 11), strict=True):
+    for item, place in zip(items, (8, 12), strict=True):
         assert item["question"] == " ".join(words[place - 8 : place])
         right, others = item["choices"][item["answer"]], {*item["choices"]}
         assert right == " ".join(words[place : place + 6]) and len(others) == 4

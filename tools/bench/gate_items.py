@@ -8,7 +8,7 @@ import json
 import random
 from pathlib import Path
 
-BEFORE_WORDS, WORDS, STRIDE, CHOICES = 8, 6, 3, 4
+BEFORE_WORDS, WORDS, STRIDE, CHOICES = 8, 6, 4, 4
 
 
 def write_word_order(texts: Path, items: Path, seed: int = 1) -> int:
