@@ -37,7 +37,7 @@ PRETRAIN = """\
 run: {{dir: {dir}/pretrain}}
 model: {{checkpoint: {dir}/work/random}}
 precision: fp32
-train: {{tokens: 800_000, seq_length: {seq}, global_batch_size: 8, micro_batch_size: 4}}
+train: {{tokens: 600_000, seq_length: {seq}, global_batch_size: 8, micro_batch_size: 4}}
 optimizer: {{lr: 3.0e-3, weight_decay: 0.01}}
 schedule: {{kind: constant, warmup_tokens: 40_000}}
 data:
@@ -59,7 +59,7 @@ parallel:
   tp: 2                                 # two processes share each layer
   sp: true                              # and the activations between layers
 train:
-  tokens: 300_000                       # budget of this run
+  tokens: 200_000                       # budget of this run
   seq_length: {seq}                       # tokens of a packed row; documents never see each other
   global_batch_size: 8                  # rows a step
   micro_batch_size: 8                   # rows a forward pass
@@ -82,7 +82,7 @@ eval:
 gates:
   general_perplexity_limit: 0.15        # stop when general perplexity is 15 % above its step-0 value
 checkpoint:
-  interval_tokens: 150_000
+  interval_tokens: 100_000
 logging:
   interval_steps: 20
   wandb: offline                        # needs no account
