@@ -9,7 +9,9 @@ SIGINT was followed by force.
 """
 
 import contextlib
+import logging
 import os
+import re
 import signal
 import sys
 import threading
@@ -70,9 +72,19 @@ class SignalRelay:
                 worker.kill()
 
 
+class _Faults(logging.Filter):
+    """torchrun calls every end but 0 a failure, in a line a process; of those that are meant, the run has said why."""
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        """Whether a line is worth the user's reading."""
+        found = re.search(r"failed \(exitcode: (-?\d+)\)", record.getMessage())
+        return found is None or int(found[1]) not in {*map(int, ExitCode)} - {int(ExitCode.FAULT)}
+
+
 def main(words: Sequence[str]) -> int:
     """Runs torchrun; returns this process' exit code."""
     relay = SignalRelay()
+    logging.getLogger("torch.distributed.elastic.multiprocessing.api").addFilter(_Faults())
     from torch.distributed.elastic.multiprocessing.api import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.run import main as torchrun

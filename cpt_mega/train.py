@@ -7,19 +7,21 @@ megatron-core's checkpoint writer starts a helper process that imports this modu
 import argparse
 import os
 import shlex
+import signal
 import sys
 from collections.abc import Sequence
 
 from cpt_mega.errors import ExitCode, InputError
 from cpt_mega.loop.entry import guarded, leave, restarts, say
 from cpt_mega.loop.signals import StopRequest
+from cpt_mega.parent import signal_when_parent_ends
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Parses the command line, runs, and returns the exit code."""
     options = _parse(arguments)
     try:
-        from cpt_mega.config import load_config, resolved_yaml
+        from cpt_mega.config import explained_yaml, load_config
 
         config = load_config(options.config, options.overrides)
         if config.restore.is_new_run and restarts():
@@ -29,7 +31,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             accepted = f"restore.accept=[{', '.join((*config.restore.accept, *options.accept))}]"
             config = load_config(options.config, [*options.overrides, accepted])
         if options.print_config:
-            print(resolved_yaml(config), end="")
+            print(explained_yaml(config), end="")
             return ExitCode.FINISHED
         if options.print_launch:
             print(config.parallel.model_size, config.run.dir)
@@ -45,6 +47,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         others = [word for word in options.overrides if not word.startswith("restore.mode=")]
         options.overrides = [*others, "restore.mode=auto"]
     command = _same_command(config, options, int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
+    if (
+        "TORCHELASTIC_RUN_ID" in os.environ
+    ):  # a launcher that was killed leaves a run that nobody watches or starts again
+        signal_when_parent_ends(signal.SIGTERM)
     with StopRequest() as request:
         return guarded(lambda: _train(config, command, request), config.run.dir)
 
@@ -58,7 +64,11 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--world-size", type=int, default=None, metavar="N", help="processes to plan for, with --dry-run"
     )
-    parser.add_argument("--print-config", action="store_true", help="print the resolved configuration and stop")
+    parser.add_argument(
+        "--print-config",
+        action="store_true",
+        help="print every option, its value and what it means, and stop",
+    )
     parser.add_argument(
         "--print-launch", action="store_true", help="print the processes a model replica needs and run.dir"
     )

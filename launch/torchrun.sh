@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# One machine or several: starts as many processes as the configuration's layout needs, or NPROC of them on each machine,
+# One machine or several: starts a process for each GPU (without any, what the layout needs), or NPROC on each machine,
 # and returns the trainer's own exit code (torchrun itself answers 1 whatever a worker returns).
 # Usage: launch/torchrun.sh CONFIG [section.key=value ...] [--accept OPTION ...]
 # Several machines: the same command on each, with NNODES, RDZV_ENDPOINT=host:port (and RDZV_ID) set.
@@ -39,7 +39,13 @@ needs=${plan%% *} run_dir=${plan#* }
 nproc=${NPROC:-}
 if [ -z "$nproc" ]; then
   gpus=$(nvidia-smi --list-gpus 2>/dev/null | wc -l)
-  nproc=$((gpus > needs ? gpus : needs))
+  nodes=${NNODES:-1}
+  nproc=$((gpus > 0 ? gpus : (needs + nodes - 1) / nodes))
+  if [ $((nproc * nodes % needs)) != 0 ]; then
+    echo "error: NPROC = $nproc: of $nodes machines that is no multiple of the $needs processes that tp x pp x cp needs;" \
+      "set NPROC for each machine, or change parallel.*" >&2
+    exit 2
+  fi
 fi
 if [ "${NNODES:-1}" -gt 1 ]; then
   where=(--nnodes "$NNODES" --rdzv-backend c10d --rdzv-endpoint "${RDZV_ENDPOINT:?set RDZV_ENDPOINT=host:port of one machine}"

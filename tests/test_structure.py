@@ -9,7 +9,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 FLOORS = [
-    {"errors", "lineage", "json_types", "config", "command_line"},
+    {"errors", "lineage", "json_types", "parent", "config", "command_line"},
     {"data", "hf"},
     {"engine"},
     {"checkpoint", "gates"},

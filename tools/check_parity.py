@@ -39,7 +39,7 @@ def show(report: ParityReport) -> None:
         "from": report.source,
         "base digest": report.base_digest,
         "computed": f"{report.precision}, {report.attention} attention, {versions}",
-        "texts": f"{report.texts}, {report.tokens:,} tokens predicted, {report.mean_logprob:.3f} nats each on average",
+        "texts": f"{report.texts}, prose and drawn ids; {report.tokens:,} tokens predicted, {report.mean_logprob:.3f} nats",
         "hidden states": f"of {report.layers} layers, the embedding and the final norm",
         "file": f"{report.path}, {report.bytes:,} bytes",
     }

@@ -11,6 +11,7 @@ import argparse
 import contextlib
 import importlib.util
 import json
+import math
 import os
 import shlex
 import sys
@@ -116,7 +117,15 @@ def thresholds(power) -> tuple[str, str]:
     gate, carried = power.gate, "not known before"
     if gate.binary:
         carried = "none" if power.smallest > 1 else gate.in_words(power.smallest)
-    return "not armed" if gate.disarmed else gate.in_words(gate.threshold), carried
+    below = ", below what is carried" if gate.binary and gate.threshold < power.smallest else ""
+    return "not armed" if gate.disarmed else gate.in_words(gate.threshold) + below, carried
+
+
+def error_of(reading) -> str:
+    """The standard error of a share of right answers."""
+    if not reading.metric.startswith("acc") or not 0 <= reading.value <= 1:
+        return ""
+    return f"{math.sqrt(reading.value * (1 - reading.value) / reading.n):.2g}"
 
 
 def show(measured, options: argparse.Namespace) -> None:
@@ -130,13 +139,14 @@ def show(measured, options: argparse.Namespace) -> None:
         ("bucket", "left"),
         ("metric", "left"),
         ("value", "right"),
+        ("\u00b1", "right"),
         ("n", "right"),
     ):
         table.add_column(name, justify=justify)
     for one in measured.found:
         for number, reading in enumerate(one.readings):
             names = ("", "") if number else (one.probe.name, one.probe.bucket)
-            table.add_row(*names, reading.metric, f"{reading.value:.4g}", f"{reading.n:,}")
+            table.add_row(*names, reading.metric, f"{reading.value:.4g}", error_of(reading), f"{reading.n:,}")
     Console().print(table)
     if measured.left_out:
         print(f"not measured: {', '.join(measured.left_out)} (drift needs --base DIR)")

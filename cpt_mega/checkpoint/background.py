@@ -7,7 +7,6 @@ and CPython 3.11 forked at that moment never comes out of ``os.fork`` in the chi
 sleep; and a process that does nothing any more is ended, and what waits for it is told. A thread has no such hazard.
 """
 
-import ctypes
 import gc
 import multiprocessing
 import signal
@@ -20,12 +19,12 @@ from threading import Thread, get_native_id
 import psutil
 import torch
 
+from cpt_mega.parent import signal_when_parent_ends
+
 STILL_S = 60.0  # without computing, reading or writing anything
 REST_S = 0.5  # waited at most for the other threads: one that polls a device may never sleep
 _LOOK_S = 1.0
 _KILLED = "the process that wrote it was killed"
-_prctl = ctypes.CDLL(None).prctl  # looked up here: in the child it would take the loader's lock
-_END_WITH_PARENT = 1  # PR_SET_PDEATHSIG of <linux/prctl.h>
 # Sent to the whole job they are the trainer's to obey, which needs what is being written; with it the child ends too.
 _OF_THE_JOB = (signal.SIGTERM, signal.SIGINT)
 
@@ -152,7 +151,7 @@ def _done_by(pid: int) -> tuple | None:
 def _work(work: Callable[[], object], answer) -> None:
     for number in _OF_THE_JOB:
         signal.signal(number, signal.SIG_IGN)
-    _prctl(_END_WITH_PARENT, signal.SIGKILL)
+    signal_when_parent_ends(signal.SIGKILL)
     gc.disable()  # what it would collect is the parent's, on a GPU too
     torch.set_num_threads(1)  # the parent's pool of threads is not here
     answer.send(_answered(work))

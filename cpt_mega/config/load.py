@@ -25,6 +25,8 @@ _DEEPEST = 32  # of values within values: no option comes near
 _MOST_VALUES = 1_000_000  # in a file, each alias counted as all that it stands for
 
 
+_YAML_KEY = re.compile(r"(?P<indent> *)(?P<item>- )?(?P<name>\w+):( |$)")
+
 Options = TypeVar("Options", bound=BaseModel)
 
 
@@ -65,6 +67,27 @@ def load_sections(
 def resolved_yaml(config: Config) -> str:
     """The whole configuration with its defaults, as YAML that ``load_config`` reads back to an equal value."""
     return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False)
+
+
+def explained_yaml(config: Config) -> str:
+    """The same, with what each option means behind its first line."""
+    help_of, said, lines = {name: words for name, _, _, words in describe_options()}, set(), []
+    place: list[tuple[int, str]] = []  # keys above a line, and how far they are indented
+    for line in resolved_yaml(config).splitlines():
+        key = _YAML_KEY.match(line)
+        if key is None:
+            lines.append(line)
+            continue
+        indent, is_item = len(key["indent"]), bool(key["item"])
+        place = [(column, name) for column, name in place if column < indent + 2 * is_item]
+        if is_item:
+            place = [(column, f"{name}[]" if column == place[-1][0] else name) for column, name in place]
+        place.append((indent + 2 * is_item, key["name"]))
+        name = ".".join(part for _, part in place)
+        words = "" if name in said else help_of.get(name, "")
+        said.add(name)
+        lines.append(f"{line:<40}  # {words}" if words else line)
+    return "\n".join(lines) + "\n"
 
 
 def describe_options() -> Iterator[tuple[str, str, Any, str]]:
@@ -241,7 +264,7 @@ def _validated(values: dict, model: type[Options]) -> Options:
     try:
         return model.model_validate(_whole_numbers(_tuples(values)))
     except ValidationError as error:
-        raise _as_input_error(error.errors()[0], model) from None
+        raise _as_input_error(_most_telling(error.errors()), model) from None
 
 
 def _check_accepted(names: Iterable[str]) -> None:
@@ -279,13 +302,21 @@ _IN_WORDS = {
 }
 
 
+def _most_telling(problems: list[dict]) -> dict:
+    """The first one; but where something is missing a name may be misspelt beside it."""
+    first = problems[0]
+    beside = (p for p in problems if p["type"] == "extra_forbidden" and p["loc"][:-1] == first["loc"][:-1])
+    return next(beside, first) if first["type"] == "missing" else first
+
+
 def _as_input_error(problem: dict, model: type[BaseModel]) -> InputError:
     """pydantic's first complaint as field, value and fix."""
     field = ".".join(str(part) for part in problem["loc"])
     if problem["type"] == "extra_forbidden":
-        return InputError(field, problem["input"], "unknown key" + _suggestion(problem["loc"], model))
+        return InputError(field or "key", problem["input"], "unknown key" + _suggestion(problem["loc"], model))
     if problem["type"] == "missing":
-        return InputError(field, None, "is required; set it in the configuration file or as an override")
+        where = " in the configuration file or as an override" if model is Config else ""
+        return InputError(field, None, f"is required; set it{where}")
     if problem["type"] == "value_error" and not field:
         field, _, sentence = str(problem["ctx"]["error"]).partition(": ")
         return InputError(field, _given_or_default(field, problem["input"], model), sentence)

@@ -1,7 +1,6 @@
 """Units to parts, in as many processes as asked; the parts do not depend on it."""
 
 import contextlib
-import ctypes
 import gc
 import os
 import signal
@@ -15,10 +14,10 @@ from cpt_mega.data.encode import DocumentEncoder
 from cpt_mega.data.parts import PartFolder
 from cpt_mega.data.readers import Fields, Unit
 from cpt_mega.errors import InputError
+from cpt_mega.parent import is_orphan, signal_when_parent_ends
 
 UNITS_AHEAD = 2  # per worker: enough to keep all busy
 LOOK_S = 0.2
-PR_SET_PDEATHSIG = 1
 SIGNALS = {signal.SIGINT, signal.SIGTERM}
 # Forked, not spawned: a worker starts at once with the encoder that was loaded and proved, and shares its tables. What
 # makes that safe: encoders run in one thread, and a worker uses nothing else that has any.
@@ -127,8 +126,8 @@ def begin_worker(parent: int) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
-    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
-    if os.getppid() != parent:
+    signal_when_parent_ends(signal.SIGKILL)
+    if is_orphan(parent):
         os._exit(1)
 
 

@@ -35,7 +35,7 @@ class Layout:
             raise InputError(
                 "parallel",
                 f"tp {p.tp} x pp {p.pp} x cp {p.cp} on {world} processes",
-                f"start a multiple of {p.model_size} processes (torchrun --nproc-per-node), or change parallel.*",
+                f"start a multiple of {p.model_size} processes (bash launch/torchrun.sh CONFIG), or change parallel.*",
             )
         return cls(p.tp, p.pp, p.vpp, p.cp, world // p.model_size)
 

@@ -4,13 +4,16 @@ Pure. The order is that in which causes are likely: rate, mixture, data, packing
 """
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass
+
+from cpt_mega.gates.rules import PERPLEXITY
 
 BASE_LR, INSTRUCT_LR = (1e-5, 5e-5), (4e-6, 1e-5)  # peaks that usually do; an instruct model takes 2 to 5 times less
 USUAL_REPLAY, USUAL_WARMUP = 0.2, 0.01  # shares of tokens
 MOST_PASSES = 4.0  # Olmix, arXiv 2602.12237
-FLAT = 0.01  # a bucket has not moved whose change is smaller, or whose interval has zero in it
+FLAT = 0.01  # a bucket whose change is smaller has not moved
+WATCHED = ("general", "behaviour", "safety")  # buckets that should not go down
 
 
 @dataclass(frozen=True)
@@ -28,7 +31,7 @@ class Evidence:
         grad_norm, usual_norm: of the last step, and the median of the last ones; None before any.
         refused: updates.
         kl: KL(base || now), nats a token, by probe.
-        healthy_step: the last that no gate objected to, with a checkpoint; None where there is none.
+        healthy_step: the last that a gate would go back to, with a checkpoint; None where there is none.
         run_dir, tokens, budget: to say how to reproduce it.
     """
 
@@ -51,14 +54,24 @@ class Evidence:
 
 
 def debugging_order(found: Evidence) -> list[str]:
-    """One line each, the likeliest cause first."""
-    parts = (_rate, _replay, _data, _packing, _batches, _drift, _smaller_run)
+    """One line each, the likeliest cause first; of a model that nothing was trained on there is only how far it has moved."""
+    parts = (_rate, _replay, _data, _packing, _batches, _drift, _smaller_run) if found.budget else (_drift,)
     return [f"({number}) {part(found)}" for number, part in enumerate(parts, 1)]
 
 
-def stage_reading(changes: Mapping[str, Mapping]) -> str:
-    """What the buckets say of the stage, as ``gates.changes`` measures them: whether to go on, and what to look at."""
-    domain, general, behaviour = (_moved(changes.get(bucket)) for bucket in ("domain", "general", "behaviour"))
+def harmed_buckets(rules: Iterable[str]) -> set[str]:
+    """The buckets that rules are about; none for a rule of the user's own."""
+    of_general = {PERPLEXITY, "answers"}
+    return {"general" if rule in of_general else rule for rule in rules if rule in of_general | {*WATCHED}}
+
+
+def stage_reading(changes: Mapping[str, Mapping], harmed: Collection[str] = ()) -> str:
+    """What the buckets say of the stage, as ``gates.changes`` measures them: whether to go on, and what to look at.
+
+    ``harmed``: buckets in which a gate has found harm, however unsure the change of the whole bucket is.
+    """
+    moved = {bucket: "down" if bucket in harmed else _moved(changes.get(bucket)) for bucket in ("domain", *WATCHED)}
+    domain, general, behaviour, safety = moved.values()
     if general == "down":
         return "general is down: forgetting; the mixture and the rate come first"
     if behaviour == "down":
@@ -66,12 +79,17 @@ def stage_reading(changes: Mapping[str, Mapping]) -> str:
             "behaviour is down and general is not: instruct forgetting; look at the start (CPT on the base, then instruct "
             "again), at reattaching the chat vector, and at instruction-shaped replay"
         )
-    if domain == "up":
-        unknown = [name for name, how in (("general", general), ("behaviour", behaviour)) if how is None]
-        missing = f" ({', '.join(unknown)} not measured)" if unknown else ""
-        return f"the domain is up and nothing else is down{missing}: go on to the next stage"
+    if safety == "down":
+        return "safety is down and general is not: look at replay that refuses, and at the start as for behaviour"
     if domain is None:
         return "the domain is not measured: nothing tells what the run was for"
+    unsure = [bucket for bucket, how in moved.items() if how == "unsure"]
+    if unsure:
+        return f"{', '.join(unsure)} cannot be told from so few texts and items: give more (eval.sets, gates.suite)"
+    if domain == "up":
+        unknown = [bucket for bucket in WATCHED if moved[bucket] is None]
+        missing = f" ({', '.join(unknown)} not measured)" if unknown else ""
+        return f"the domain is up and nothing else is down{missing}: go on to the next stage"
     return (
         "nothing has moved: CPT has taught nothing yet; look at the size, the quality and the duplicates of the corpus"
     )
@@ -83,8 +101,10 @@ def _moved(change: Mapping | None) -> str | None:
     gain, low, high = (change[name] for name in ("gain", "low", "high"))
     if gain is None or not math.isfinite(gain):
         return "down"
+    if abs(gain) < FLAT:
+        return "flat"
     certain = low is None or high is None or low > 0 or high < 0
-    return ("up" if gain > 0 else "down") if certain and abs(gain) >= FLAT else "flat"
+    return ("up" if gain > 0 else "down") if certain else "unsure"
 
 
 def _rate(found: Evidence) -> str:
@@ -132,17 +152,18 @@ def _drift(found: Evidence) -> str:
     if not found.kl:
         return "drift: not measured; a probe of kind drift tells how far the model has moved from its base"
     parts = ", ".join(f"{name} {value:.3g}" for name, value in found.kl.items())
-    return f"drift: KL(base || now) in nats a token: {parts}; a KL term to the base on replay rows holds it back"
+    return f"drift: KL(base || now) in nats a token: {parts}; a lower rate and more replay hold it back"
 
 
 def _smaller_run(found: Evidence) -> str:
     back = "none is left that no gate objected to" if found.healthy_step is None else f"step {found.healthy_step}"
     less = max(1, min(found.tokens, found.budget // 10))
-    return f"go back ({back}) and reproduce it with less: train.tokens={less} in another run.dir"
+    words = f"train.tokens={less} schedule.warmup_tokens={less // 100} run.dir={found.run_dir}_less"
+    return f"go back ({back}) and reproduce it with less, from the same start: {words}"
 
 
-def lines_of(found: Evidence, changes: Mapping[str, Mapping]) -> Iterator[str]:
-    """All that is printed when a gate finds harm."""
-    yield f"what the look says: {stage_reading(changes)}"
+def lines_of(found: Evidence, changes: Mapping[str, Mapping], harmed: Collection[str]) -> Iterator[str]:
+    """All that is printed when a gate finds harm in such buckets."""
+    yield f"what the look says: {stage_reading(changes, harmed)}"
     yield "what to look at, the likeliest first:"
     yield from debugging_order(found)

@@ -128,7 +128,7 @@ def general_perplexity(
     rise = after / before - 1.0
     within = math.isfinite(rise) and rise <= limit
     reason = (
-        f"general perplexity {after:.4g} is {rise:+.1%} of its step-0 value {before:.4g}; the limit is +{limit:.0%}"
+        f"general perplexity {after:.4g} is {rise:+.1%} from its step-0 value {before:.4g}; the limit is +{limit:.0%}"
     )
     numbers = {"baseline": before, "value": after, "rise": rise, "limit": limit}
     level, action = (NONE, CONTINUE) if within else (HARD, action)

@@ -255,7 +255,8 @@ def _within(
     counts = {probe.name: max(1, int(len(probe.ids) * most_tokens / tokens)) for probe in probes}
     fewer = [(name, of.model_copy(update={"max_items": counts[name]})) for name, of in options.probes.items()]
     asked, known = sum(counts.values()), sum(len(probe.ids) for probe in probes)
-    note = f"a look asks {asked:,} of the suite's {known:,} items, to stay within gates.look_share of the computing"
+    within = "to stay within gates.look_share of the computing; null asks all"
+    note = f"a look asks {asked:,} of the suite's {known:,} items, {within}"
     return tuple(maker.made(name, one) for name, one in fewer), note
 
 

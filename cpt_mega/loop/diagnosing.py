@@ -11,7 +11,7 @@ from cpt_mega.data.tokenizer import TextTokenizer
 from cpt_mega.errors import InputError
 from cpt_mega.gates.anomaly import SKIP, AnomalyState
 from cpt_mega.gates.diagnosis import Evidence
-from cpt_mega.gates.selection import healthy_steps
+from cpt_mega.gates.selection import passed_steps
 from cpt_mega.gates.steering import Steering
 from cpt_mega.gates.suite import Found
 from cpt_mega.hf.locate import complete_steps
@@ -44,7 +44,7 @@ def evidence(trainer: Trainer, found: Sequence[Found], run_dir: Path, origin: Pa
         usual_norm=median(known.norms) if known.norms else None,
         refused=refused,
         kl={one.probe.name: one.readings[0].value for one in found if one.readings[0].metric == "kl"},
-        healthy_step=max((step for step in healthy_steps(state.gate_history) if step in left), default=None),
+        healthy_step=max((step for step in passed_steps(state.gate_history) if step in left), default=None),
         run_dir=str(run_dir),
         tokens=state.tokens,
         budget=config.train.tokens,

@@ -16,7 +16,7 @@ from cpt_mega.loop.run_folder import RunFolder, ended_since, opened_here, read_s
 from cpt_mega.loop.signals import ASKING
 
 _STARTED = time.time()
-_AFTER_MAIN_S = 0.5
+_AFTER_MAIN_S = 3.0
 _interrupted = False
 
 

@@ -128,6 +128,8 @@ class AnomalyGuard(NullCallback):
     def _advice(self) -> str:
         if not self.known.losses:
             return "no update was made; where eval.sets are like data.sources look at the data, else set anomaly.action=log"
+        if not any(self.known.flagged.values()):
+            return "no row is to blame, so the weights are: start anew in another run.dir with a lower optimizer.lr"
         return "look at the rows that the ledger names, lower optimizer.lr, or set anomaly.action=log"
 
     def _finding(self, loss: float, norm: float) -> Finding:

@@ -10,7 +10,7 @@ from cpt_mega.checkpoint.trainer_state import Look, TrainerState
 from cpt_mega.errors import InputError
 from cpt_mega.gates.arming import armed, notes_on
 from cpt_mega.gates.changes import bucket_changes
-from cpt_mega.gates.diagnosis import lines_of, stage_reading
+from cpt_mega.gates.diagnosis import harmed_buckets, lines_of, stage_reading
 from cpt_mega.gates.rule_functions import function_digest
 from cpt_mega.gates.rules import FLAT, Judge
 from cpt_mega.gates.suite import Found, Suite, perplexity_by_bucket
@@ -32,6 +32,7 @@ class Judging:
     def __init__(self, suite: Suite, rules: Judge, folder: RunFolder, console: Console, origin: Path):
         self.suite, self.rules = suite, rules
         self.folder, self.console, self.origin = folder, console, origin
+        self._explained: set[str] = set()  # the buckets whose harm the last look explained
 
     def arm(self, trainer: Trainer) -> None:
         """From here on gates know how far step 0 agrees with itself; the ledger has all that verdicts depend on."""
@@ -114,12 +115,17 @@ class Judging:
     def _explain(self, trainer: Trainer, found: Sequence[Found], verdicts: Sequence[Verdict]) -> None:
         """What to look at, where a gate finds harm; what the stage has done, where it ends."""
         scores = trainer.state.gate_history[-1]["scores"]
-        if any(verdict.level == HARD and verdict.rule not in FLAT for verdict in verdicts):
-            lines = lines_of(evidence(trainer, found, self.folder.path, self.origin), scores)
-        elif trainer.ends_here and self.suite.rules is not None:
+        hard = {verdict.rule for verdict in verdicts if verdict.level == HARD}
+        harmed = harmed_buckets(hard)
+        if harmed:
+            lines = list(lines_of(evidence(trainer, found, self.folder.path, self.origin), scores, harmed))
+            if harmed == self._explained:  # at the last look, and nothing was done about it: one line is enough
+                lines = lines[:1]
+        elif trainer.ends_here and self.suite.rules is not None and hard <= FLAT:
             lines = [f"what the look says: {stage_reading(scores)}"]
         else:
             lines = []
+        self._explained = harmed
         for line in lines:
             self.console.print(f" {line}", style="yellow")
 

@@ -89,6 +89,7 @@ def _run(config: Config, mesh: Mesh, request: StopRequest, command: str, clock: 
                 config = _going_back(config)
                 mesh.set_timeout(config.run.start_timeout_s)  # it is a start once more
                 watch.restart()
+                clock.begin_again()
                 gc.collect()  # engines are rings of references, and hold the device's memory
             return outcome
     finally:

@@ -13,6 +13,10 @@ class StartUp:
         if began is not None:
             self.parts.append(("imports", self._last - began))
 
+    def begin_again(self) -> None:
+        """For another start in this process: what was done since the first is no part of it."""
+        self.parts, self._last = [], time.time()
+
     def mark(self, name: str) -> None:
         now = time.time()
         self.parts.append((name, now - self._last))

@@ -3,6 +3,7 @@
 import shlex
 
 from cpt_mega.checkpoint.trainer_state import TrainerState
+from cpt_mega.gates.selection import objected_steps
 from cpt_mega.loop.callbacks import NullCallback
 from cpt_mega.loop.run_folder import LEDGER, METRICS, RunFolder
 from cpt_mega.loop.trainer import Trainer
@@ -32,12 +33,23 @@ class Status(NullCallback):
             return f"python -m cpt_mega.score --checkpoint {export} --input ROWS.jsonl --output SCORES.jsonl"
         if state == "finished" and not self.state.step:  # only looked at
             return f"tail -n 5 {shlex.quote(str(self.folder.path / METRICS))}"
+        choice = f"python tools/select_checkpoint.py {run}"
+        if state == "finished" and self._ended_badly:
+            return choice
         if state == "finished":
             return f"python tools/export_hf.py --checkpoint {run} --output {export}"
         if state == "preempted":  # what was accepted stands in the checkpoint now, and is no licence for other changes
             return self.command.partition(" --accept ")[0]
+        if state != "gate_stop":
+            return self.command
         ledger = shlex.quote(str(self.folder.path / LEDGER))
-        return f"tail -n 3 {ledger}" if state == "gate_stop" else self.command
+        # without a look of its own, as where the guard of steps stopped it, there is nothing to choose by
+        return choice if self.state.gate_history else f"tail -n 3 {ledger}"
+
+    @property
+    def _ended_badly(self) -> bool:
+        """Whether the last look found harm, of which a gate only warned."""
+        return bool(objected_steps(self.state.gate_history[-1:]))
 
     def on_boundary(self, trainer: Trainer, tokens: int) -> None:
         if trainer.state.step % trainer.config.logging.interval_steps == 0:

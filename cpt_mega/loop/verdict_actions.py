@@ -53,7 +53,9 @@ def _roll_back(trainer: Trainer, folder: RunFolder, reason: str) -> None:
     trainer.decide(
         rollback.rollback_line(state, target, reason, **what, steering=steered.to_json(), raised_replay=raised)
     )
-    raise RollBack(f"{reason}: back to step {target}, at {steered.lr_scale:g} of the schedule's learning rate")
+    has_replay = any(source.role == "replay" for source in trainer.stream.sources)
+    more = f"{raised:.0%} more replay" if has_replay else "and no replay source to raise"
+    raise RollBack(f"{reason}: back to step {target}, at {steered.lr_scale:g} of the schedule's learning rate, {more}")
 
 
 def _anneal(trainer: Trainer, reason: str) -> None:

@@ -1,8 +1,9 @@
 """Configuration files and overrides: what is read, and what is refused in one line."""
 
 import pytest
+import yaml
 
-from cpt_mega.config import load_config, resolved_yaml
+from cpt_mega.config import explained_yaml, load_config, resolved_yaml
 from cpt_mega.config.load import describe_options
 from cpt_mega.errors import InputError
 
@@ -26,6 +27,16 @@ def test_resolved_configuration_reads_back_equal(config, tmp_path):
     (tmp_path / "resolved.yaml").write_text(resolved_yaml(loaded))
     assert load_config(tmp_path / "resolved.yaml") == loaded
     assert loaded.train.tokens == 1_000_000 and loaded.optimizer.lr == 2e-5
+
+
+def test_every_option_is_explained_once_where_its_value_stands(config):
+    curriculum = "data.curriculum=[{tokens: 1, weights: {domain: 1}}, {tokens: 2, weights: {domain: 0.5}}]"
+    known = load_config(config, [curriculum, "eval.sets=[{path: a, bucket: general}]"])
+    text = explained_yaml(known)
+    assert yaml.safe_load(text) == yaml.safe_load(resolved_yaml(known))
+    for name, _, _, words in describe_options():
+        (line,) = [line for line in text.splitlines() if line.endswith(f"  # {words}")] if words else [name]
+        assert name.split(".")[-1].removesuffix("[]") in line
 
 
 def test_paths_are_relative_to_the_current_folder(config, tmp_path, monkeypatch):
@@ -68,6 +79,7 @@ REFUSED = {
     "train.micro_batch_size=3": ("train.global_batch_size", "multiple of train.micro_batch_size"),
     "data.sources=[]": ("data.sources", "at least one corpus"),
     "data.sources=[{name: a, role: domain}]": ("data.sources.0.path", "is required"),
+    "data.sources=[{name: a, role: domain, pth: b}]": ("data.sources.0.pth", "did you mean 'path'?"),
     "data.sources=[{name: a, path: b, role: other}]": ("data.sources.0.role", "'domain', 'replay' or 'instruct'"),
     "data.sources=[{name: a, path: b, role: domain, wight: 1}]": ("data.sources.0.wight", "did you mean 'weight'"),
     "eval.sets=[1]": ("eval.sets.0", "a mapping of its keys"),

@@ -187,6 +187,8 @@ def test_the_printed_configuration_is_complete(jobsite):
     done = _cli("--config", jobsite.config, "--print-config", "optimizer.lr=3e-5")
     values = yaml.safe_load(done.stdout)
     assert values["optimizer"]["lr"] == 3e-5 and values["gates"]["general_perplexity_limit"] is None
+    (line,) = [line for line in done.stdout.splitlines() if line.startswith("  lr: ")]
+    assert line.endswith("# peak learning rate; 0 changes no weight")
 
 
 def _cli(*words: str) -> subprocess.CompletedProcess:
