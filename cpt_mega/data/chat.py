@@ -75,27 +75,18 @@ class ChatDocuments:
         tokens = tokens.astype(self.dtype)
         return EncodedBatch(tokens, lengths, mask, kept, text_bytes, rejects, batch.lines, batch.input_bytes)
 
-    def prompt(self, messages: list) -> list[int]:
-        """Token ids of a chat as a model is asked to go on with it, BOS as in documents and no EOS.
+    def render(self, messages: list, add_generation_prompt: bool = False) -> str:
+        """The text of a chat, and what asks for a reply to it.
 
         Raises ValueError with a reason, and what the template raises as one.
         """
-        self._check(messages)
-        asks = messages[-1]["role"] != "assistant"
-        return self.encode_texts([self._checked_text(messages, add_generation_prompt=asks)])[0]
-
-    def replied(self, messages: list, reply: str) -> tuple[str, str]:
-        """The text of a chat up to the assistant's reply, and that with the reply; what ends the turn is left out.
-
-        Raises ValueError with a reason, and what the template raises as one.
-        """
-        chat = [*messages, {"role": "assistant", "content": reply}]
-        self._check(chat)
-        asked, whole = self._checked_text(messages, add_generation_prompt=True), self._checked_text(chat)
-        start = whole.find(reply, len(asked)) if whole.startswith(asked) else -1
-        if start < 0:
-            raise ValueError("the chat template renders a reply in another way than it asks for one")
-        return whole[:start], whole[: start + len(reply)]
+        problem = self.problem(messages)
+        if problem:
+            raise ValueError(problem)
+        try:
+            return self._text(messages, add_generation_prompt)
+        except Exception as error:  # a template is a program: it raises what it likes
+            raise ValueError(f"the chat template refuses it: {error!r}") from error
 
     def encode_texts(self, texts: Sequence[str]) -> list[list[int]]:
         """Token ids of rendered texts, BOS as in documents and no EOS."""
@@ -103,16 +94,21 @@ class ChatDocuments:
         found = [encoded.ids for encoded in self.encoder.encode_batch(list(texts), add_special_tokens=False)]
         return [[bos, *ids] if self.bos and ids[:1] != [bos] else ids for ids in found]
 
-    def _check(self, messages: list) -> None:
-        problem = self.problem(messages)
-        if problem:
-            raise ValueError(problem)
-
-    def _checked_text(self, messages: list, add_generation_prompt: bool = False) -> str:
-        try:
-            return self._text(messages, add_generation_prompt)
-        except Exception as error:  # a template is a program: it raises what it likes
-            raise ValueError(f"the chat template refuses it: {error!r}") from error
+    def problem(self, messages: list) -> str | None:
+        """Why messages are no chat that may be rendered, as a sentence; None when they are."""
+        if not messages:
+            return EMPTY
+        for message in messages:
+            if not (isinstance(message, dict) and isinstance(message.get("role"), str)):
+                return "a message without a role"
+            if not _ROLE.fullmatch(message["role"]):
+                return "a role that is no word"
+            if "content" not in message and "tool_calls" not in message:
+                return "a message without content"
+            found = self._spelt.search("\n".join([*_strings(message), _joined_parts(message)]))
+            if found:
+                return f"a message spells a special token: {found[0]}"
+        return None
 
     def _encode(self, chat: Document) -> tuple[np.ndarray, np.ndarray, int] | Reject:
         """Ids, mask and bytes of text."""
@@ -143,22 +139,6 @@ class ChatDocuments:
         result[front:-1] = mask[start:end]
         result[-1] = mask[end] if end < len(ids) else 0
         return result
-
-    def problem(self, messages: list) -> str | None:
-        """Why messages are no chat that may be rendered, as a sentence; None when they are."""
-        if not messages:
-            return EMPTY
-        for message in messages:
-            if not (isinstance(message, dict) and isinstance(message.get("role"), str)):
-                return "a message without a role"
-            if not _ROLE.fullmatch(message["role"]):
-                return "a role that is no word"
-            if "content" not in message and "tool_calls" not in message:
-                return "a message without content"
-            found = self._spelt.search("\n".join([*_strings(message), _joined_parts(message)]))
-            if found:
-                return f"a message spells a special token: {found[0]}"
-        return None
 
     def _render(self, messages: list) -> tuple[str, list[tuple[int, int]]]:
         """The text of a chat, and the ranges of its characters that are the assistant's.

@@ -152,7 +152,8 @@ def preprocess(options: PreprocessOptions, progress: NoProgress | None = None) -
     inputs = _survey(options)
     planned = plan_units(inputs)
     units = shard_of(planned, *options.shard) if options.shard else planned
-    with DigestsAhead(units, options.workers - 1) as digest:
+    digest = DigestsAhead(units, options.workers - 1)
+    with digest:
         tokenizer = TextTokenizer.load(options.tokenizer)
         plan = _Plan(inputs, units, _recipe(options, tokenizer, inputs, planned))
         if options.reuse and (manifest := _standing(options, plan, digest)):

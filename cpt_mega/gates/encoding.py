@@ -53,7 +53,8 @@ class Encoder:
         return [tuple(np.array(ids, np.int64) for ids in own) for own in found]
 
     def _requests(self, pairs: Sequence[tuple[str, str]], encode: _Encode, front: list[int]) -> list[Request]:
-        before, whole = (encode([text + more for text, more in some]) for some in ([(t, "") for t, _ in pairs], pairs))
+        before = encode([text for text, _ in pairs])
+        whole = encode([text + more for text, more in pairs])
         for (_, more), alone, ids in zip(pairs, before, whole, strict=True):
             if ids == alone:  # it has none, or only what a normaliser takes away
                 raise InputError("items", more, "has no token under this tokenizer; leave the item out")

@@ -16,17 +16,15 @@ import numpy as np
 
 from cpt_mega.config.load import load_sections
 from cpt_mega.config.schema import Config
-from cpt_mega.data.chat import TEMPLATE_FILE, ChatDocuments, has_template
 from cpt_mega.data.heldout import heldout_documents
 from cpt_mega.data.indexed import IndexedCorpus
-from cpt_mega.data.manifest import ALL
 from cpt_mega.data.sources import open_corpus
 from cpt_mega.data.tokenizer import TextTokenizer
 from cpt_mega.engine.step import Engine
 from cpt_mega.errors import InputError
 from cpt_mega.gates import items as files
 from cpt_mega.gates.asking import distributions, likeliest_tokens, score_requests
-from cpt_mega.gates.chats import ChatTexts
+from cpt_mega.gates.chats import ChatTexts, in_words
 from cpt_mega.gates.encoding import Encoder
 from cpt_mega.gates.items import first_items
 from cpt_mega.gates.probes.answers import Answers
@@ -66,6 +64,7 @@ class Suite:
         of_buckets: names of the probes that make up the perplexity of their bucket.
         rules: what is done about what is found; None for held-out sets alone.
         cut: how many of its items are asked, as a sentence, where not all are, to stay within the tokens of a look.
+        frames: a sentence for each probe of replies: how they are put to the model.
         weights: of the buckets, when a checkpoint is chosen (``selection.py``).
     """
 
@@ -76,6 +75,7 @@ class Suite:
     of_buckets: frozenset[str] = frozenset()
     rules: RuleOptions | None = None
     cut: str = ""
+    frames: tuple[str, ...] = ()
     weights: Mapping[str, float] = field(default_factory=lambda: WeightOptions().model_dump())
 
     @property
@@ -178,7 +178,10 @@ def open_suite(
             raise InputError(f"suite probe {probe.name}", probe.name, fix)
     ends = [tokenizer.adds_bos, tokenizer.bos_id, tokenizer.eos_id]  # which its files beside the vocabulary decide
     digests, of_buckets = _digests(probes, [tokenizer.digest, ends]), _perplexities(probes)
-    told = {"rules": options.rules, "cut": cut, "weights": options.weights.model_dump()}
+    frames = tuple(
+        maker.frame(probe, options.probes[probe.name]) for probe in probes if _is_reply(options.probes[probe.name])
+    )
+    told = {"rules": options.rules, "cut": cut, "frames": frames, "weights": options.weights.model_dump()}
     return Suite(options.name, options.row_tokens, probes, digests, of_buckets, **told)
 
 
@@ -290,8 +293,17 @@ class _Maker:
     def _choice(self, name: str, options: ChoiceOptions) -> Choice:
         shown, items = _split(name, files.read_choices(Path(options.items)), options)
         metric = options.metric or ("acc" if options.style == "letters" else "acc_norm")
-        chats = self._chats(f"suite probe {name}", options)
+        chats = self._chats_of(f"suite probe {name}", options)
         return Choice(name, options.bucket, items, self.encoder, options.style, metric, shown, chats=chats)
+
+    def frame(self, probe: Choice, options: ChoiceOptions) -> str:
+        """How a probe's replies are put to the model, and why not as chats."""
+        count = len(probe.ids)
+        if probe.in_words < count:
+            others = f", but for {probe.in_words:,} that spell special tokens" * bool(probe.in_words)
+            return f"{probe.name}: {count:,} items as the chat template has them{others} (chat: false asks in words)"
+        why = "chat: false" if options.chat is False else self.no_chats
+        return f"{probe.name}: {count:,} items in words, as User: and Assistant: ({why})"
 
     def _answers(self, name: str, options: AnswerOptions) -> Answers:
         shown, items = _split(name, files.read_answers(Path(options.items)), options)
@@ -327,27 +339,46 @@ class _Maker:
             texts = [(document.id, document.tokens) for document in documents]
         return Drift(name, options.bucket, [text for text in texts if len(text[1]) > 1], options.count)
 
-    def _chats(self, field: str, options: ChoiceOptions) -> ChatTexts | None:
+    def _chats_of(self, field: str, options: ChoiceOptions) -> ChatTexts | None:
+        """Raises InputError for a chat that was asked for and cannot be."""
         if options.chat and options.style != "reply":
             raise InputError(f"{field} chat", options.chat, "is for style: reply alone")
-        if options.chat and not has_template(self.tokenizer):
-            fix = f"the tokenizer has no chat template; put one into {TEMPLATE_FILE} beside it, or leave chat out"
-            raise InputError(f"{field} chat", options.chat, fix)
-        if options.style != "reply" or options.chat is False or not has_template(self.tokenizer):
+        if options.style != "reply" or options.chat is False:
             return None
-        return ChatTexts(self.tokenizer)
+        if options.chat and self.no_chats:
+            raise InputError(f"{field} chat", options.chat, f"{self.no_chats}; or leave chat out")
+        return self.chats
+
+    @cached_property
+    def _found_chats(self) -> tuple[ChatTexts | None, str]:
+        try:
+            chats = ChatTexts(self.tokenizer)
+            chats.pairs((), "Hello?", ["Yes."])
+        except InputError as error:
+            return None, f"{error.value} {error.fix}"
+        except ValueError as error:
+            return None, f"the chat template of {self.tokenizer.path} cannot be used: {error}"
+        return chats, ""
+
+    @property
+    def chats(self) -> ChatTexts | None:
+        """Renders chats, where the tokenizer has a template that can."""
+        return self._found_chats[0]
+
+    @property
+    def no_chats(self) -> str:
+        """Why there is none."""
+        return self._found_chats[1]
 
     def _rendered(self, name: str, items: Sequence[files.ChatItem]) -> list[tuple[str, np.ndarray]]:
         """As the tokenizer's template renders them; without one, as lines of a dialogue.
 
         One more token follows, so that the first one of a reply is a place that is looked at.
         """
-        if has_template(self.tokenizer):
-            chats = ChatDocuments(self.tokenizer, self.tokenizer.adds_bos, ALL)
-            tokens = [_prompt_ids(name, chats, item) for item in items]
+        if self.chats is None:
+            tokens = self.encoder.opened([in_words(item.messages) for item in items])
         else:
-            lines = ["\n".join(f"{m['role'].capitalize()}: {m['content']}" for m in item.messages) for item in items]
-            tokens = self.encoder.opened([f"{text}\nAssistant:" for text in lines])
+            tokens = [_prompt_ids(name, self.chats, item) for item in items]
         end = self.tokenizer.eos_id
         return [(item.id, np.array([*ids, end], np.int64)) for item, ids in zip(items, tokens, strict=True)]
 
@@ -395,7 +426,7 @@ def _bytes(tokenizer: TextTokenizer, tokens: np.ndarray) -> int:
     return len(tokenizer.decode(ids[start:end]).encode())
 
 
-def _prompt_ids(name: str, chats: ChatDocuments, item: files.ChatItem) -> list[int]:
+def _prompt_ids(name: str, chats: ChatTexts, item: files.ChatItem) -> list[int]:
     try:
         return chats.prompt(list(item.messages))
     except ValueError as error:
@@ -409,6 +440,10 @@ def _up_to(documents: Sequence[ScoredDocument], tokens: int) -> Iterator[ScoredD
         if taken < tokens and len(document.tokens) > 1:
             yield document
         taken += len(document.tokens)
+
+
+def _is_reply(options: ProbeOptions) -> bool:
+    return isinstance(options, ChoiceOptions) and options.style == "reply"
 
 
 def _perplexities(probes: Iterable[Probe | Drift]) -> frozenset[str]:

@@ -131,12 +131,14 @@ def show_contract(console: Console, restore: Restore) -> None:
         console.print(f" {note}", style="yellow")
 
 
-def looks_line(config: Config, suite: Suite) -> str:
-    """How often a run is looked at, and what that costs; ``gates.look_share`` bounds the part of ``gates.suite`` alone."""
+def looks_lines(config: Config, suite: Suite) -> list[str]:
+    """How often a run is looked at, what that costs, and how replies are asked for; ``gates.look_share`` bounds the part of
+    ``gates.suite`` alone."""
+    frames = [f" replies: {frame}" for frame in suite.frames]
     if not config.train.tokens:
-        return f" looks: one, of about {suite.tokens:,} tokens"
+        return [f" looks: one, of about {suite.tokens:,} tokens", *frames]
     words = f" looks: at step 0 and {planned_looks(config)} more, of about {suite.tokens:,} tokens"
-    return f"{words}: {looks_share(config, suite.tokens):.1%} of the computing"
+    return [f"{words}: {looks_share(config, suite.tokens):.1%} of the computing", *frames]
 
 
 def sources_table(sources: Sequence[Source], shares: Sequence[float]) -> Table:

@@ -16,7 +16,7 @@ from cpt_mega.engine.platform import check_layout
 from cpt_mega.gates.suite import texts_of
 from cpt_mega.hf.model_info import ModelInfo
 from cpt_mega.hf.reference import read_reference
-from cpt_mega.loop.console import looks_line, make_console, show_contract, sources_table
+from cpt_mega.loop.console import looks_lines, make_console, show_contract, sources_table
 from cpt_mega.loop.identity import has_moved, no_values_note
 from cpt_mega.loop.inputs import Inputs, expected_rows, mean_shares, open_inputs, open_stream
 from cpt_mega.loop.lease import holder
@@ -55,7 +55,7 @@ def print_plan(config: Config, world: int, command: str) -> None:
         tokens = sum(text.inputs for text in texts)
         console.print(f" evaluates {probe.bucket}: {probe.name}, {len(texts):,} texts, {tokens:,} tokens")
     if inputs.suite.probes:
-        console.print(looks_line(config, inputs.suite))
+        console.print("\n".join(looks_lines(config, inputs.suite)))
     owner = holder(Path(config.run.dir))
     if owner is not None:
         console.print(f" {config.run.dir} is held by {owner}: a start is refused while that lives", style="yellow")

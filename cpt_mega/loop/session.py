@@ -33,7 +33,7 @@ from cpt_mega.lineage import code_version, new_run_id
 from cpt_mega.loop import rollback
 from cpt_mega.loop.callbacks import Control, Logging
 from cpt_mega.loop.checkpoints import Checkpoints
-from cpt_mega.loop.console import Events, fast_paths_table, looks_line, make_console, show_contract, sources_table
+from cpt_mega.loop.console import Events, fast_paths_table, looks_lines, make_console, show_contract, sources_table
 from cpt_mega.loop.evaluation import Evaluation
 from cpt_mega.loop.guarding import make_guard
 from cpt_mega.loop.hangs import HangWatch
@@ -371,5 +371,5 @@ def _introduce(
         console.print(sources_table(inputs.sources, mean_shares(config, inputs.sources)))
     console.print(fast_paths_table(fast_paths))
     if inputs.suite.probes:
-        console.print(looks_line(config, inputs.suite), style="dim")
+        console.print("\n".join(looks_lines(config, inputs.suite)), style="dim")
     console.print(f" start-up: {clock}", style="dim")

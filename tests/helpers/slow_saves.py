@@ -1,5 +1,6 @@
 """Checkpoints on a disk that takes its time: every process' first ``fsync`` of a part of a checkpoint takes so long."""
 
+import os
 from pathlib import Path
 
 _SITE = """
@@ -23,4 +24,4 @@ def slow_saves(folder: Path, seconds: float) -> dict[str, str]:
     """The environment of a launch whose first save takes so long; ``folder`` holds ``slept.RANK`` afterwards."""
     folder.mkdir()
     (folder / "sitecustomize.py").write_text(_SITE.format(folder=str(folder), seconds=seconds))
-    return {"PYTHONPATH": str(folder)}
+    return {"PYTHONPATH": os.pathsep.join([str(folder), *filter(None, [os.environ.get("PYTHONPATH")])])}

@@ -1,6 +1,8 @@
 """The launcher as a user has it: real processes, the trainer's own exit codes, signals."""
 
+import contextlib
 import os
+import shutil
 import signal
 import socket
 import subprocess
@@ -17,12 +19,26 @@ from tests.helpers.slurm import until
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 LAUNCHER = ROOT / "launch" / "torchrun.sh"
+_STARTED: list[subprocess.Popen] = []
 
 
 def _start(jobsite, run, *overrides, **environment: str) -> subprocess.Popen:
     command = ["bash", str(LAUNCHER), jobsite.config, f"run.dir={run}", *overrides]
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-    return subprocess.Popen(command, cwd=ROOT, env={**os.environ, **environment}, start_new_session=True, **pipes)
+    environment = {**os.environ, **environment}
+    _STARTED.append(subprocess.Popen(command, cwd=ROOT, env=environment, start_new_session=True, **pipes))
+    return _STARTED[-1]
+
+
+@pytest.fixture(autouse=True)
+def nothing_is_left():
+    """Whatever a test met, none of its launches outlives it."""
+    yield
+    for process in _STARTED:
+        if process.poll() is None:
+            os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
+    _STARTED.clear()
 
 
 def _finish(process, timeout_s: float = 120) -> tuple[int, str, str]:
@@ -139,14 +155,71 @@ def test_two_machines_start_again_by_themselves(jobsite, tmp_path, workers):
     several = {"NNODES": "2", "NPROC": "2", "RDZV_ENDPOINT": endpoint, "MAX_RESTARTS": "1", "OMP_NUM_THREADS": "1"}
     machines = [_start(jobsite, run, *words, **several) for _ in range(2)]
     until(lambda: len(list((run / "checkpoints").glob("iter_*/COMPLETE"))) > 1)
-    trainers = [one for one in psutil.Process(machines[1].pid).children(recursive=True) if "RANK" in one.environ()]
-    trainers[-1].kill()
+    _trainers(machines[1])[-1].kill()
     ends = [_finish(machine, 300) for machine in machines]
     assert [code for code, _, _ in ends] == [0, 0], ends
     assert status(run)["state"] == "finished"
     restores = [line for line in (run / "ledger.jsonl").read_text().splitlines() if '"restore"' in line]
     assert len(restores) == 2
     assert_same_end(run, tmp_path / "through")
+
+
+def test_a_run_whose_launcher_is_killed_ends_with_a_checkpoint(jobsite, tmp_path):
+    """Nobody would start it again, nor hear a signal for it."""
+    run = tmp_path / "run"
+    process = _start(jobsite, run, "train.tokens=100_000", "eval.sets=[]")
+    _wait_for_steps(run, 2)
+    (trainer,) = _trainers(process)
+    trainer.parent().kill()
+    code, _, _ = _finish(process)
+    until(lambda: not trainer.is_running())
+    ended = status(run)
+    assert ended["state"] == "preempted" and "SIGTERM" in ended["reason"] and code in (70, 75)
+    assert (run / "checkpoints" / f"iter_{ended['step']:07d}" / "COMPLETE").is_file()
+
+
+def _trainers(process: subprocess.Popen) -> list[psutil.Process]:
+    """torchrun's own children."""
+    found = []
+    for one in psutil.Process(process.pid).children(recursive=True):
+        with contextlib.suppress(psutil.Error):
+            if "RANK" in one.environ() and "RANK" not in one.parent().environ():
+                found.append(one)
+    return found
+
+
+@pytest.mark.parametrize(
+    ("gpus", "layout", "environment", "expected"),
+    [
+        (8, 16, {"NNODES": "2"}, 8),
+        (8, 2, {}, 8),
+        (0, 4, {"NNODES": "2"}, 2),
+        (0, 3, {"NNODES": "2"}, None),
+        (8, 16, {}, None),
+        (8, 3, {}, None),
+        (8, 16, {"NNODES": "2", "NPROC": "4"}, 4),
+    ],
+)
+def test_a_machine_has_a_process_for_each_gpu_or_what_the_layout_needs(tmp_path, gpus, layout, environment, expected):
+    """In a repository whose Python says what it was asked to start."""
+    (tmp_path / "launch").mkdir()
+    shutil.copy(LAUNCHER, tmp_path / "launch")
+    programs = {
+        ".venv/bin/python": f'case "$*" in *--print-launch*) echo {layout} run ;; *) echo "$@" ;; esac',
+        "bin/nvidia-smi": f"for gpu in $(seq {gpus}); do echo GPU; done",
+    }
+    for name, text in programs.items():
+        (tmp_path / name).parent.mkdir(parents=True)
+        (tmp_path / name).write_text(f"#!/bin/sh\n{text}\n")
+        (tmp_path / name).chmod(0o755)
+    environment = {"RDZV_ENDPOINT": "m1:1", "PATH": f"{tmp_path}/bin:{os.environ['PATH']}", **environment}
+    command = ["bash", str(tmp_path / "launch" / "torchrun.sh"), "c.yaml"]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    if expected is None:
+        assert done.returncode == 2 and f"no multiple of the {layout} processes" in done.stderr
+        assert len(done.stderr.splitlines()) == 1
+    else:
+        assert done.returncode == 0 and f"--nproc-per-node {expected} " in done.stdout, done.stderr
 
 
 @pytest.mark.parametrize(("changed", "code"), [("in this launch", 75), ("in an earlier one", 2)])

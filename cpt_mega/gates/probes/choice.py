@@ -12,7 +12,7 @@ from statistics import fmean
 from typing import Literal
 
 from cpt_mega.errors import InputError
-from cpt_mega.gates.chats import ASSISTANT, ChatTexts
+from cpt_mega.gates.chats import ChatTexts, question_in_words
 from cpt_mega.gates.encoding import Encoder
 from cpt_mega.gates.items import LETTERS, ChoiceItem
 from cpt_mega.gates.probes.probe import RIGHT_OR_WRONG, Content, ItemScore, Reading
@@ -27,7 +27,9 @@ class Choice:
     Args:
         shown: put before each, with their answers, and not scored.
         are_generated: such items have nothing that could be learnt by heart.
-        chats: renders questions and choices as a user's and an assistant's; an item that spells a special token is put without.
+        chats: renders questions and choices as a user's and an assistant's; an item that spells a special token is in words.
+
+    ``in_words`` counts the items that are not put as a chat.
 
     Raises InputError for an item that the chat template refuses, and what ``Encoder`` raises.
     """
@@ -49,13 +51,14 @@ class Choice:
         self.name, self.bucket, self.metric = name, bucket, metric
         self._items, self._style, self._encoder, self._are_generated = list(items), style, encoder, are_generated
         self.ids = [item.id for item in self._items]
-        before = "".join(f"{_prompt(item, style)}{_endings(item, style)[item.answer]}\n\n" for item in shown)
+        self._shown, self._chats, self.in_words = list(shown), chats, 0
         self._pairs: list[tuple[str, str]] = []
         self.requests: list[Request] = []
         for item in self._items:
-            pairs = self._in_chat(chats, item, shown) if chats else None
+            pairs = self._in_chat(item)
             if pairs is None:
-                pairs = [(before + _prompt(item, style), ending) for ending in _endings(item, style)]
+                self.in_words += 1
+                pairs = self._in_words(item)
                 self.requests += encoder.continued(pairs)
             else:
                 self.requests += encoder.replied(pairs, chats)
@@ -72,14 +75,17 @@ class Choice:
     def identity(self) -> object:
         """See Probe."""
         answers = [[item.id, item.answer] for item in self._items]
-        return ["choice", self.name, self.bucket, self.metric, self._style, answers, self._pairs]
+        # which of a tokenizer's tokens are special is not in its own digest
+        specials = [] if self._chats is None else [self._chats.specials]
+        return ["choice", self.name, self.bucket, self.metric, self._style, answers, self._pairs, *specials]
 
     def items(self, answers: Sequence[Likelihood]) -> list[ItemScore]:
         """See Probe."""
         found, at = [], 0
         for item in self._items:
-            found.append(self._score(item, answers[at : at + len(item.choices)]))
-            at += len(item.choices)
+            here = slice(at, at + len(item.choices))
+            found.append(self._score(item, answers[here], [ending for _, ending in self._pairs[here]]))
+            at = here.stop
         return found
 
     def readings(self, items: Sequence[ItemScore]) -> list[Reading]:
@@ -87,22 +93,28 @@ class Choice:
         metrics = [self.metric, *(name for name in ("acc", "acc_norm", "brier") if name != self.metric)]
         return [Reading(metric, fmean(item.values[metric] for item in items), len(items)) for metric in metrics]
 
-    def _in_chat(self, chats: ChatTexts, item: ChoiceItem, shown: Sequence[ChoiceItem]) -> list[tuple[str, str]] | None:
-        """The texts of an item as a chat; None where one spells a special token."""
-        turns = [(one.question, one.choices[one.answer]) for one in shown]
-        try:
-            pairs = [chats.pair(turns, item.question, choice) for choice in item.choices]
-        except ValueError as error:
-            fix = f"{error}; leave the item out, or give the probe chat: false"
-            raise InputError(f"suite probe {self.name}", item.id, fix) from error
-        return None if None in pairs else pairs
+    def _in_words(self, item: ChoiceItem) -> list[tuple[str, str]]:
+        style = self._style
+        before = "".join(f"{_prompt(one, style)}{_endings(one, style)[one.answer]}\n\n" for one in self._shown)
+        return [(before + _prompt(item, style), ending) for ending in _endings(item, style)]
 
-    def _score(self, item: ChoiceItem, answers: Sequence[Likelihood]) -> ItemScore:
+    def _in_chat(self, item: ChoiceItem) -> list[tuple[str, str]] | None:
+        """The texts of an item as a chat; None where it spells a special token, and without a template."""
+        if self._chats is None:
+            return None
+        shown = [(one.question, one.choices[one.answer]) for one in self._shown]
+        try:
+            return self._chats.pairs(shown, item.question, item.choices)
+        except ValueError as error:
+            fix = f"{error}; mend the item, or give the probe chat: false"
+            raise InputError(f"suite probe {self.name}", item.id, fix) from error
+
+    def _score(self, item: ChoiceItem, answers: Sequence[Likelihood], endings: Sequence[str]) -> ItemScore:
         logprobs = [answer.logprob for answer in answers]
         if not any(map(math.isfinite, logprobs)):
             values = dict.fromkeys(("acc", "acc_norm", "brier", "share", "chosen"), math.nan)
             return ItemScore(item.id, math.nan, values)
-        sizes = [len(ending.removeprefix(" ").encode()) for ending in _endings(item, self._style)]
+        sizes = [len(ending.removeprefix(" ").encode()) for ending in endings]
         likeliest = _first_largest(logprobs)
         per_byte = _first_largest([logprob / size for logprob, size in zip(logprobs, sizes, strict=True)])
         shares = _normalised(logprobs)
@@ -118,10 +130,10 @@ class Choice:
 
 
 def _prompt(item: ChoiceItem, style: Style) -> str:
-    if style == "continuation" or (style == "reply" and ASSISTANT in item.question):
+    if style == "continuation":
         return item.question
     if style == "reply":
-        return f"User: {item.question}\n{ASSISTANT}"
+        return question_in_words(item.question)
     listed = [f"{letter}. {choice}" for letter, choice in zip(LETTERS, item.choices, strict=False)]
     lines = [f"Question: {item.question}", *(listed if style == "letters" else ()), "Answer:"]
     return "\n".join(lines)
