@@ -8,6 +8,7 @@ of right answers, or one per cent of a loss. Weights are those of the run's suit
 import argparse
 import importlib.util
 import json
+import math
 import shlex
 import sys
 from pathlib import Path
@@ -68,6 +69,9 @@ def show(found) -> None:
         row = [f"{one.step:,}", f"{one.tokens:,}", *changes, score_text(one.j), place_text(one, choice.step)]
         table.add_row(*map(Text, row), style="bold" if one.step == choice.step else None)
     Console().print(table)
+    print(
+        "1 is a point of right answers, or 1 % of a loss in nats; in brackets what other such items or texts could give"
+    )
     print(" ".join(found.reasons))
     if left_out := [bucket for bucket in choice.weights if bucket not in choice.buckets]:
         print(f"not measured: {', '.join(left_out)}")
@@ -83,6 +87,8 @@ def score_text(j) -> str:
 
 def interval_text(estimate, factor: int, form: str) -> str:
     value, low, high = (format(factor * number, form) for number in (estimate.value, estimate.low, estimate.high))
+    if not math.isfinite(estimate.high - estimate.low):
+        return f"{value} [one item: not known]"
     return f"{value} [{low}, {high}]"
 
 

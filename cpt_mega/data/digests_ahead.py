@@ -24,7 +24,7 @@ class DigestsAhead:
 
     As a context, processes take digests until it is left, from the last unit on: the last ones are those that a stopped run
     has still to do. They are a help and no more: where none can be started, or what they had begun is not done by then,
-    ``__call__`` does it.
+    ``__call__`` does it. What is read later may be other bytes: a file that changes meanwhile is found out by its stamp.
 
     Args:
         units: of the run.
