@@ -27,13 +27,15 @@ class Score(TypedDict):
 
 class Look(TypedDict):
     """What a look of the gates found: ``perplexity``, ``scores`` and the ``weights`` of a choice by bucket, ``objections`` with
-    their level (soft, hard) by rule, and ``judged_by``, all rules that said anything."""
+    their level (soft, hard) by rule, ``doubtful``, the rules that would not have a run go back to it, and ``judged_by``, all
+    rules that said anything."""
 
     step: Count
     tokens: Count
     perplexity: dict[str, float]
     action: str
     objections: NotRequired[dict[str, str]]
+    doubtful: NotRequired[list[str]]
     judged_by: NotRequired[list[str]]
     scores: NotRequired[dict[str, Score]]
     weights: NotRequired[dict[str, float]]

@@ -70,11 +70,23 @@ def decide(gate: ItemGate, look: LookScores, alpha: float, looks: int) -> Decisi
     return judge(*scores, tau=tau, alpha=alpha, looks=looks, noise=noise, test=mean_drop) if size > 0 else None
 
 
-def verdict_of(gate: ItemGate, decision: Decision, confirmed: bool, history: Sequence[Mapping]) -> Verdict:
+def apparent_drop(gate: ItemGate, look: LookScores) -> float:
+    """Of all of a gate's items since step 0, in the unit of its threshold, whatever chance has to do with it."""
+    before, now = _items(gate, look.before), _items(gate, look.now)
+    both = sorted(before.keys() & now.keys())
+    size = 1.0 if gate.binary else -float(np.mean(list(before.values())))
+    drop = float(np.mean([before[item] - now[item] for item in both])) if both and size > 0 else 0.0
+    return drop / size
+
+
+def verdict_of(
+    gate: ItemGate, decision: Decision, confirmed: bool, history: Sequence[Mapping], drop: float = 0.0
+) -> Verdict:
     """Hard when it is ``confirmed`` over all gates, which acts after ``patience`` looks; soft when it fired for itself alone.
 
     Args:
         history: looks before this one, oldest first.
+        drop: see ``apparent_drop``; of the threshold or more, a look that is not objected to is doubtful.
     """
     level = HARD if confirmed else SOFT if decision.fired else NONE
     before = [look.get("objections", {}).get(gate.name) for look in history]
@@ -89,7 +101,7 @@ def verdict_of(gate: ItemGate, decision: Decision, confirmed: bool, history: Seq
     panels = {"main": decision.main, "reserve": decision.reserve, "together": decision.together}
     numbers = {"threshold": gate.threshold, "noise": gate.noise, "level": decision.level, "p_value": decision.p_value}
     numbers |= {name: None if panel is None else asdict(panel) for name, panel in panels.items()}
-    return Verdict(gate.name, level, action, reason, numbers)
+    return Verdict(gate.name, level, action, reason, numbers, level == NONE and not drop < gate.threshold)
 
 
 def _words(gate: ItemGate, found: Comparison) -> str:

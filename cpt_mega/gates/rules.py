@@ -9,7 +9,7 @@ import math
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass
 
-from cpt_mega.gates.item_gates import ItemGate, decide, verdict_of
+from cpt_mega.gates.item_gates import ItemGate, apparent_drop, decide, verdict_of
 from cpt_mega.gates.paired import holm, look_level
 from cpt_mega.gates.rule_functions import verdict_by_function
 from cpt_mega.gates.verdict import CONTINUE, HARD, NONE, ROLL_BACK, SOFT, STOP, LookScores, Verdict, trailing
@@ -109,7 +109,7 @@ class Judge:
         p_values = {name: decision.p_value for name, decision in known.items()}
         confirmed = holm(p_values, look_level(self.alpha, self.looks))
         return [
-            verdict_of(gate, known[gate.name], gate.name in confirmed, history)
+            verdict_of(gate, known[gate.name], gate.name in confirmed, history, apparent_drop(gate, look))
             for gate in self.armed
             if gate.name in known
         ]

@@ -104,8 +104,11 @@ def _found_harm(look: Mapping) -> bool:
 
 
 def passed_steps(history: Sequence[dict]) -> list[int]:
-    """Steps at which the gates judged and had nothing to say, not even a warning, oldest first: what a gate goes back to."""
-    return [look["step"] for look in history if look["action"] == CONTINUE]
+    """Steps at which the gates judged and had nothing to say, not even a warning, oldest first: what a gate goes back to.
+
+    Nor had any a doubt: harm that is confirmed at one look was there before, in part, at the looks that could not confirm it.
+    """
+    return [look["step"] for look in history if look["action"] == CONTINUE and not look.get("doubtful")]
 
 
 def steps_to_keep(history: Sequence[dict], there: Collection[int], start: int) -> set[int]:

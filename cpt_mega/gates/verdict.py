@@ -13,17 +13,22 @@ NONE, SOFT, HARD = "none", "soft", "hard"
 
 @dataclass(frozen=True)
 class Verdict:
-    """What a rule says. ``level`` is none, soft or hard, ``action`` one of ``ACTIONS``; ``numbers`` is what it was taken on."""
+    """What a rule says. ``level`` is none, soft or hard, ``action`` one of ``ACTIONS``; ``numbers`` is what it was taken on.
+
+    ``doubtful``: it is too little to object, and too much for a run to go back to. It decides nothing, so no ledger has it.
+    """
 
     rule: str
     level: str
     action: str
     reason: str
     numbers: dict = field(default_factory=dict)
+    doubtful: bool = False
 
     def to_json(self) -> dict:
         """Plain values for the ledger; None for a number that JSON cannot hold."""
-        return asdict(self) | {"numbers": _plain(self.numbers)}
+        values = {name: value for name, value in asdict(self).items() if name != "doubtful"}
+        return values | {"numbers": _plain(self.numbers)}
 
 
 @dataclass(frozen=True)
@@ -52,9 +57,11 @@ def strongest(verdicts: Sequence[Verdict]) -> str:
 
 
 def outcome(verdicts: Sequence[Verdict]) -> dict:
-    """Of a look, as later ones see it: the ``action``, and ``objections``, the level (soft, hard) by rule."""
+    """Of a look, as later ones see it: ``action``, ``objections`` (levels by rule), ``doubtful`` (rules that found it so)."""
     objections = {verdict.rule: verdict.level for verdict in verdicts if verdict.level != NONE}
-    return {"action": strongest(verdicts) if verdicts else NOT_JUDGED, "objections": objections}
+    doubtful = [verdict.rule for verdict in verdicts if verdict.doubtful]
+    found = {"action": strongest(verdicts) if verdicts else NOT_JUDGED, "objections": objections}
+    return found | ({"doubtful": doubtful} if doubtful else {})
 
 
 def trailing(found: Iterable[bool]) -> int:

@@ -6,8 +6,8 @@ import random
 
 import pytest
 
-from cpt_mega.gates.item_gates import ItemGate, decide, verdict_of
-from cpt_mega.gates.verdict import LookScores
+from cpt_mega.gates.item_gates import ItemGate, apparent_drop, decide, verdict_of
+from cpt_mega.gates.verdict import LookScores, outcome
 
 GATE = ItemGate("general", ("a", "b"), True, 0.04, "roll_back")
 
@@ -29,7 +29,7 @@ def lose(scores: dict[str, float], share: float, seed: int = 0) -> dict[str, flo
 
 def verdict(before: dict, now: dict, gate: ItemGate = GATE, history=(), looks: int = 20):
     decision = decide(gate, look(before, now), 0.05, looks)
-    return verdict_of(gate, decision, decision.confirmed, history)
+    return verdict_of(gate, decision, decision.confirmed, history, apparent_drop(gate, look(before, now)))
 
 
 def test_a_drop_of_twice_the_threshold_is_confirmed_and_half_of_it_is_not():
@@ -41,6 +41,19 @@ def test_a_drop_of_twice_the_threshold_is_confirmed_and_half_of_it_is_not():
     json.dumps(found.to_json(), allow_nan=False)
     found = verdict(before, {name: lose(scores, 0.02) for name, scores in before.items()})
     assert (found.level, found.action) == ("none", "continue") and found.numbers["reserve"] is None
+
+
+@pytest.mark.parametrize(("share", "doubtful"), [(0.0, False), (0.02, False), (0.05, True)])
+@pytest.mark.parametrize("binary", [True, False])
+def test_a_drop_of_the_threshold_that_is_not_confirmed_is_nothing_to_go_back_to(share, doubtful, binary):
+    """So few items cannot confirm it; of answers it is a share of their bits per byte."""
+    gate = GATE if binary else ItemGate("answers", ("a", "b"), False, 0.04, "roll_back")
+    before = {"a": half_right(100) if binary else {f"i{n}": -2.0 - n % 3 for n in range(100)}}
+    scattered = {item: score + 6 * (-1) ** n - 3 * share for n, (item, score) in enumerate(before["a"].items())}
+    now = lose(before["a"], share) if binary else scattered
+    found = verdict(before, {"a": now}, gate)
+    assert found.level == "none" and found.doubtful == doubtful
+    assert "doubtful" not in found.to_json() and outcome([found]).get("doubtful", []) == [gate.name] * doubtful
 
 
 def test_what_the_reserve_does_not_confirm_is_a_warning():

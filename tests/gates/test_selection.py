@@ -201,6 +201,8 @@ def test_what_a_gate_goes_back_to_has_not_even_a_warning():
     actions = ["none", "continue", "warn", "continue", "stop", "anneal"]
     history = [{"step": step, "action": action} for step, action in enumerate(actions)]
     assert passed_steps(history) == [1, 3]
+    history[3]["doubtful"] = ["general"]
+    assert passed_steps(history) == [1] and 3 in healthy_steps(history)
 
 
 def test_harm_that_was_only_warned_of_is_not_chosen_and_too_little_gain_is_no_harm():
