@@ -87,6 +87,8 @@ def _train(config, command: str, request: StopRequest) -> int:
     from cpt_mega.engine.fast_paths import apply_environment
 
     apply_environment(config.parallel, config.train.deterministic)  # before anything starts CUDA
+    # torch's flight recorder: the last collectives of each process, written where NCCL has waited too long
+    os.environ.setdefault("TORCH_NCCL_DEBUG_INFO_TEMP_FILE", os.path.join(config.run.dir, "stacks", "nccl_rank_"))
     from cpt_mega.loop.run_folder import STATE_CODES
     from cpt_mega.loop.session import run_session
 

@@ -80,6 +80,7 @@ def test_a_signal_to_all_processes_of_a_job_does_not_end_a_save(workers, jobsite
     assert is_complete(folder)
 
 
+@pytest.mark.full
 def test_a_save_whose_process_stands_still_is_begun_again_without_one(workers, jobsite, tmp_path):
     words = [f"run.dir={tmp_path}", BACKGROUND, "checkpoint.interval_tokens=300"]
     outcomes = workers(2).run("train_with_a_writer_that_stands_still", config=jobsite.config, overrides=words)

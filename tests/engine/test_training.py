@@ -40,11 +40,16 @@ QUICK = {
     "llama": ("one", "dp2", "dp2_replicated_optimizer", "tp2_sp", "pp2_vpp2", "cp2", "tp2_sp_pp2_vpp2"),
     # Where these have something of their own: biases and an embedding that stages share, norms whose gradients
     # tensor-parallel ranks share, windows over parts of a row.
-    "qwen2_tied": ("dp2_replicated_optimizer", "tp2_sp", "pp2"),
-    "qwen3": ("tp2_sp", "pp2_vpp2"),
+    "qwen2_tied": ("tp2_sp", "pp2"),
+    "qwen3": ("tp2_sp",),
+    "mistral": ("one",),
+}
+LONG = {
+    "llama": tuple(LAYOUTS),
+    "qwen2_tied": tuple(LAYOUTS),
+    "qwen3": ("tp2", "tp2_sp", "pp2_vpp2"),
     "mistral": ("one", "cp2"),
 }
-LONG = {"llama": tuple(LAYOUTS), "qwen2_tied": tuple(LAYOUTS), "qwen3": ("tp2", "tp2_sp", "pp2_vpp2")}
 UNDER_EVERY_CORE = ("one", "dp2", "dp2_replicated_optimizer", "tp2_sp", "pp2_vpp2", "cp2", "tp2_sp_pp2_vpp2")
 STEPS = 3
 

@@ -164,6 +164,7 @@ def test_two_machines_start_again_by_themselves(jobsite, tmp_path, workers):
     assert_same_end(run, tmp_path / "through")
 
 
+@pytest.mark.full
 def test_a_run_whose_launcher_is_killed_ends_with_a_checkpoint(jobsite, tmp_path):
     """Nobody would start it again, nor hear a signal for it."""
     run = tmp_path / "run"
@@ -222,7 +223,9 @@ def test_a_machine_has_a_process_for_each_gpu_or_what_the_layout_needs(tmp_path,
         assert done.returncode == 0 and f"--nproc-per-node {expected} " in done.stdout, done.stderr
 
 
-@pytest.mark.parametrize(("changed", "code"), [("in this launch", 75), ("in an earlier one", 2)])
+@pytest.mark.parametrize(
+    ("changed", "code"), [("in this launch", 75), pytest.param("in an earlier one", 2, marks=pytest.mark.full)]
+)
 def test_what_torchrun_starts_again_ends_as_this_launch_did(jobsite, tmp_path, changed, code):
     """A run that was stopped stays so; one that was stopped some other day, and is lost now, goes on."""
     (tmp_path / "status.json").write_text('{"state": "preempted", "exit_code": 75}')
