@@ -47,10 +47,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         others = [word for word in options.overrides if not word.startswith("restore.mode=")]
         options.overrides = [*others, "restore.mode=auto"]
     command = _same_command(config, options, int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
-    if (
-        "TORCHELASTIC_RUN_ID" in os.environ
-    ):  # a launcher that was killed leaves a run that nobody watches or starts again
-        signal_when_parent_ends(signal.SIGTERM)
+    if "TORCHELASTIC_RUN_ID" in os.environ:
+        signal_when_parent_ends(signal.SIGTERM)  # nobody watches a run whose launcher was killed, nor starts it again
     with StopRequest() as request:
         return guarded(lambda: _train(config, command, request), config.run.dir)
 
